@@ -1,0 +1,3 @@
+//! The command `airlift`.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,222 @@
+//! The device's own side: what the author of a vfio-user server implements.
+//!
+//! The server does the protocol, combinations of arcs, bounds and error replies. It calls a
+//! [`Device`] in the order of arrival on one thread; [`Saver`]s and [`Loader`]s run on another, so
+//! that guest accesses do not wait behind migration data.
+
+use crate::{Dma, Done, Irqs};
+use airlift_core::{Arc as StateArc, DeviceState, Errno, MigrationFlags, PrecopyInfo, StateFormat};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Number of a region, as in VFIO's PCI numbering: 0-5 BAR, 6 ROM, 7 configuration space, 8 VGA.
+pub type RegionIndex = u32;
+
+/// What a device is; asked for once, when the server starts.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Regions by index; an index that is left out is a region of size 0.
+    pub regions: Vec<RegionDescription>,
+    /// Interrupts by index; an index that is left out has count 0.
+    pub irqs: Vec<IrqDescription>,
+    /// Present on a PCI device.
+    pub pci: Option<PciIds>,
+    /// Present on a device that can be migrated.
+    pub migration: Option<MigrationSupport>,
+    /// The format of its state.
+    pub format: StateFormat,
+}
+
+/// PCI identifiers, served through the first bytes of configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciIds {
+    /// Vendor.
+    pub vendor: u16,
+    /// Device.
+    pub device: u16,
+    /// Subsystem vendor.
+    pub subsystem_vendor: u16,
+    /// Subsystem.
+    pub subsystem: u16,
+    /// Class code, 24 bits.
+    pub class: u32,
+    /// Revision.
+    pub revision: u8,
+}
+
+/// How a device can be migrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MigrationSupport {
+    /// Its states (interface v2).
+    pub flags: MigrationFlags,
+    /// The server logs the DMA that goes through [`Dma`] and serves features 6, 7 and 8.
+    pub dma_logging: bool,
+    /// It announces new initial data in PRE_COPY, to clients that opted in.
+    pub reinit: bool,
+}
+
+/// One region.
+#[derive(Clone, Debug)]
+pub struct RegionDescription {
+    /// Its number.
+    pub index: RegionIndex,
+    /// Size in bytes.
+    pub size: u64,
+    /// A client may read it.
+    pub readable: bool,
+    /// A client may write it.
+    pub writable: bool,
+    /// What of it a client may map.
+    pub mapping: Option<RegionMapping>,
+}
+
+/// The file behind a region that clients may map.
+#[derive(Clone, Debug)]
+pub struct RegionMapping {
+    /// The file, usually a memfd.
+    pub fd: Arc<OwnedFd>,
+    /// Where the region begins in the file, in bytes.
+    pub offset: u64,
+    /// What may be mapped.
+    pub areas: RegionAreas,
+}
+
+/// Which parts of a region may be mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RegionAreas {
+    /// All of it.
+    Whole,
+    /// These `(offset, length)` in bytes; the rest is trapped (SPARSE_MMAP).
+    Sparse(Vec<(u64, u64)>),
+}
+
+/// One interrupt index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IrqDescription {
+    /// Its number: 0 INTx, 1 MSI, 2 MSI-X, 3 ERR, 4 REQ.
+    pub index: u32,
+    /// How many interrupts it has.
+    pub count: u32,
+    /// It can be masked and unmasked.
+    pub maskable: bool,
+}
+
+/// A client came.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Access to the client's memory; lives as long as the attachment.
+    pub dma: Dma,
+    /// The client's interrupts.
+    pub irqs: Irqs,
+    /// The migration state as it was kept from before.
+    pub state: DeviceState,
+}
+
+/// Why a client went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Detach {
+    /// It closed its connection.
+    Closed,
+    /// It broke the protocol.
+    Protocol(String),
+    /// The server is being stopped.
+    Shutdown,
+}
+
+/// A change of the memory that the client lets the device use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaChange {
+    /// Mapped: from now on the range can be used.
+    Mapped {
+        /// First address.
+        iova: u64,
+        /// Length in bytes.
+        length: u64,
+    },
+    /// To be unmapped: the device must have let go of it when it completes the call.
+    Unmapping {
+        /// First address.
+        iova: u64,
+        /// Length in bytes.
+        length: u64,
+    },
+}
+
+/// A device that a vfio-user server serves.
+///
+/// Methods are called in the order in which a client's requests arrive, on one thread, and must not
+/// block for long. What takes time takes a [`Done`] and answers later; until then the server still
+/// answers region accesses.
+pub trait Device: Send {
+    /// What the device is. Called once.
+    fn describe(&self) -> Description;
+
+    /// A client came.
+    fn attach(&mut self, attachment: Attachment);
+
+    /// The client went: its memory and interrupts are gone when this returns, the device's own
+    /// state stays, workers park. A data session was ended before: from STOP_COPY the device is in
+    /// STOP, from PRE_COPY in RUNNING, from RESUMING in ERROR.
+    fn detach(&mut self, why: Detach);
+
+    /// Reads from a region that is not mapped, within its bounds.
+    ///
+    /// # Errors
+    /// The error number that the client gets.
+    fn region_read(&mut self, region: RegionIndex, offset: u64, buf: &mut [u8]) -> Result<(), Errno>;
+
+    /// Writes to a region, within its bounds.
+    ///
+    /// # Errors
+    /// The error number that the client gets.
+    fn region_write(&mut self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<(), Errno>;
+
+    /// The client's memory changes.
+    fn dma_changed(&mut self, change: DmaChange, done: Done);
+
+    /// Resets the device: afterwards it is as it was made, in RUNNING. Savers and loaders are gone.
+    fn reset(&mut self, done: Done);
+
+    /// Makes one arc. Combinations are the server's; only arcs that the description's flags have are
+    /// asked for. The arc that ends RESUMING comes when the loader has been dropped; it is where the
+    /// device validates and may fail.
+    fn transition(&mut self, arc: StateArc, done: Done);
+
+    /// A reader of the device's state; asked for after each arc that opens a saving session. It
+    /// lives through PRE_COPY, PRE_COPY_P2P and STOP_COPY, on a thread of its own.
+    ///
+    /// # Errors
+    /// The error number that the client's first read gets.
+    fn saver(&mut self) -> Result<Box<dyn Saver>, Errno>;
+
+    /// A writer of the device's state; asked for after the arc to RESUMING.
+    ///
+    /// # Errors
+    /// The error number that the client's first write gets.
+    fn loader(&mut self) -> Result<Box<dyn Loader>, Errno>;
+}
+
+/// Reads a device's state for a client.
+pub trait Saver: Send {
+    /// Bytes that pre-copy still has.
+    fn precopy_info(&mut self) -> PrecopyInfo;
+
+    /// Estimate of the bytes that STOP_COPY would give, from now.
+    fn stop_copy_size(&mut self) -> u64;
+
+    /// Reads the next bytes. 0: in PRE_COPY states nothing now, in STOP_COPY the end. The server
+    /// calls again until its buffer is full or 0 is returned.
+    ///
+    /// # Errors
+    /// The error number that the client gets.
+    fn read(&mut self, buf: &mut [u8]) -> Result<usize, Errno>;
+}
+
+/// Writes a device's state for a client.
+pub trait Loader: Send {
+    /// Takes all of `data`.
+    ///
+    /// # Errors
+    /// The error number that the client gets; further writes are refused.
+    fn write(&mut self, data: &[u8]) -> Result<(), Errno>;
+}

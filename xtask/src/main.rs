@@ -1,0 +1,3 @@
+//! Checks of the workspace.
+#![forbid(unsafe_code)]
+fn main() {}
