@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod arcs;
 mod device;
 mod dirty_source;
 mod error;
@@ -23,6 +24,7 @@ mod state;
 mod time;
 
 pub use address::{Gpa, GpaRange, Iova, IovaMap, IovaMapping, IovaRange, MemoryLayout, MemoryRegion};
+pub use arcs::{Arc, ArcSession, PathError, arcs, next as next_state, path};
 pub use device::{
     Chunk, Interrupter, LoadSession, MigrationDevice, Piece, PrecopyInfo, SaveSession, Session,
 };
