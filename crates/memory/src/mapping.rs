@@ -165,16 +165,17 @@ impl Mapping {
         for (from, to) in head.iter().zip(to_head).chain(tail.iter().zip(to_tail)) {
             *to = from.load(Ordering::Relaxed);
         }
-        // Eight words at a time: atomics are not unrolled by the compiler, and a page is 512 of them.
-        let mut from = words.chunks_exact(8);
-        let mut to = to_words.chunks_exact_mut(64);
-        for (from, to) in from.by_ref().zip(to.by_ref()) {
+        let (to, _) = to_words.as_chunks_mut::<8>();
+        let mut from_blocks = words.chunks_exact(8);
+        let mut to_blocks = to.chunks_exact_mut(8);
+        // Eight words at a time: the compiler does not unroll atomics, and a page is 512 of them.
+        for (from, to) in from_blocks.by_ref().zip(to_blocks.by_ref()) {
             for i in 0..8 {
-                to[i * 8..i * 8 + 8].copy_from_slice(&from[i].load(Ordering::Relaxed).to_ne_bytes());
+                to[i] = from[i].load(Ordering::Relaxed).to_ne_bytes();
             }
         }
-        for (from, to) in from.remainder().iter().zip(to.into_remainder().chunks_exact_mut(8)) {
-            to.copy_from_slice(&from.load(Ordering::Relaxed).to_ne_bytes());
+        for (from, to) in from_blocks.remainder().iter().zip(to_blocks.into_remainder()) {
+            *to = from.load(Ordering::Relaxed).to_ne_bytes();
         }
         Ok(())
     }
@@ -193,8 +194,7 @@ impl Mapping {
         for (to, from) in head.iter().zip(from_head).chain(tail.iter().zip(from_tail)) {
             to.store(*from, Ordering::Relaxed);
         }
-        let (from, from_rest) = from_words.as_chunks::<8>();
-        debug_assert!(from_rest.is_empty(), "whole words only");
+        let (from, _) = from_words.as_chunks::<8>();
         let mut to_blocks = words.chunks_exact(8);
         let mut from_blocks = from.chunks_exact(8);
         for (to, from) in to_blocks.by_ref().zip(from_blocks.by_ref()) {
