@@ -16,6 +16,8 @@
 mod address;
 mod arcs;
 mod device;
+mod dirty;
+mod dirty_map;
 mod dirty_source;
 mod error;
 mod identity;
@@ -28,6 +30,8 @@ pub use arcs::{Arc, ArcSession, PathError, arcs, next as next_state, path};
 pub use device::{
     Chunk, Interrupter, LoadSession, MigrationDevice, Piece, PrecopyInfo, SaveSession, Session,
 };
+pub use dirty::{BLOCK_SIZE, DirtyBitmap, InvalidRange, MAX_TRACKED_BYTES, PAGE_SIZE, ReportRanges};
+pub use dirty_map::{DirtyMap, InvalidLayout};
 pub use dirty_source::{DirtyError, DirtySource, DomainId};
 pub use error::{DeviceError, DeviceErrorKind, Errno, Failure, TransitionError};
 pub use identity::{DeviceId, DeviceIdentity, InvalidDeviceId, StateFormat};
