@@ -1,0 +1,171 @@
+//! The contents of the messages that open a session.
+
+use super::{MAX_CHANNELS, MAX_DEVICES, MAX_LIST, MessageError, at_most};
+use crate::frame::FrameType;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+macro_rules! hex_id {
+    ($($(#[$doc:meta])* $name:ident;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(pub [u8; 16]);
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidHex;
+            fn try_from(text: String) -> Result<Self, InvalidHex> {
+                from_hex(&text).map(Self).ok_or(InvalidHex)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                hex(&id.0)
+            }
+        }
+    )*};
+}
+
+hex_id! {
+    /// The name of a session: 128 random bits, in text 32 hexadecimal digits.
+    SessionId;
+    /// Good for one data connection: 128 random bits. Against mix-ups, not against attackers.
+    Token;
+}
+
+/// A text that is not 32 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not 32 hexadecimal digits")]
+pub struct InvalidHex;
+
+fn hex(bytes: &[u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<[u8; 16]> {
+    // from_str_radix would take a sign.
+    if text.len() != 32 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SessionId({self})")
+    }
+}
+
+impl fmt::Debug for Token {
+    // A token lets its holder into the session: it is not for logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// What a side can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerLimits {
+    /// Longest payload in bytes, at most 1 MiB.
+    pub max_payload: u32,
+    /// Data connections, at most 64.
+    pub channels: u16,
+}
+
+/// HELLO: who the source is and what it wants to send.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Versions of the wire that the source speaks.
+    pub versions: Vec<u16>,
+    /// Names of what it can do beyond the version.
+    pub features: Vec<String>,
+    /// The session, chosen by the source.
+    pub session: SessionId,
+    /// What it can take and wants.
+    pub limits: PeerLimits,
+}
+
+/// REPORT: the destination's answer to HELLO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The version of the wire that both speak.
+    pub version: u16,
+    /// Which of the source's features it can do too.
+    pub features: Vec<String>,
+    /// The longest payload in bytes that it takes.
+    pub max_payload: u32,
+    /// One for each data connection that it takes; empty when it is not compatible.
+    pub tokens: Vec<Token>,
+    /// For each device of HELLO, the frames that may be sent before the first CREDIT (W-CREDIT).
+    pub device_credits: Vec<u32>,
+}
+
+/// ACCEPT: the source goes on, with these features.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accept {
+    /// Features that are in use from now on: some of those in REPORT.
+    pub features: Vec<String>,
+}
+
+/// TRAILER: what a device's stream held (W-TRAILER).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trailer {
+    /// The device.
+    pub device: u32,
+    /// Its frames.
+    pub frames: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+    /// CRC-64/NVME of their payloads in order.
+    pub digest: u64,
+    /// Generations of initial data that were sent.
+    pub generation: u32,
+}
+
+impl Trailer {
+    /// The trailer of a stream that was written, or the one to expect of a stream that was read.
+    #[must_use]
+    pub fn of(device: u32, totals: &crate::record::StreamTotals) -> Self {
+        Self {
+            device,
+            frames: totals.frames(),
+            bytes: totals.bytes(),
+            digest: totals.digest(),
+            generation: totals.generation(),
+        }
+    }
+}
+
+fn check_features(kind: FrameType, features: &[String]) -> Result<(), MessageError> {
+    at_most(kind, "features", features.len(), MAX_LIST)?;
+    features.iter().try_for_each(|name| at_most(kind, "bytes in a feature's name", name.len(), MAX_LIST))
+}
+
+impl Hello {
+    pub(super) fn check(&self, kind: FrameType) -> Result<(), MessageError> {
+        at_most(kind, "versions", self.versions.len(), MAX_LIST)?;
+        at_most(kind, "data connections", self.limits.channels.into(), MAX_CHANNELS)?;
+        check_features(kind, &self.features)
+    }
+}
+
+impl Report {
+    pub(super) fn check(&self, kind: FrameType) -> Result<(), MessageError> {
+        at_most(kind, "data connections", self.tokens.len(), MAX_CHANNELS)?;
+        at_most(kind, "devices", self.device_credits.len(), MAX_DEVICES)?;
+        check_features(kind, &self.features)
+    }
+}
+
+impl Accept {
+    pub(super) fn check(&self, kind: FrameType) -> Result<(), MessageError> {
+        check_features(kind, &self.features)
+    }
+}
