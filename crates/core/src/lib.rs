@@ -15,6 +15,7 @@
 
 mod address;
 mod arcs;
+pub mod commit;
 mod device;
 mod dirty;
 mod dirty_map;
