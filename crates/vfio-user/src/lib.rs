@@ -2,9 +2,18 @@
 //! [`airlift_core::MigrationDevice`], and a server that makes a device author's [`Device`] migratable.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 mod device;
+mod dma;
+mod dma_log;
+mod done;
+mod irqs;
+pub mod transport;
 
 pub use device::{
     Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationSupport, PciIds,
     RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver,
 };
+pub use dma::{Dma, DmaAccess, DmaError, DmaGuard};
+pub use done::{Completion, Done};
+pub use irqs::Irqs;
