@@ -23,6 +23,8 @@ mod dirty_source;
 mod error;
 mod identity;
 mod phase;
+mod plan;
+mod rollback;
 mod state;
 mod time;
 
@@ -37,5 +39,9 @@ pub use dirty_source::{DirtyError, DirtySource, DomainId};
 pub use error::{DeviceError, DeviceErrorKind, Errno, Failure, TransitionError};
 pub use identity::{DeviceId, DeviceIdentity, InvalidDeviceId, StateFormat};
 pub use phase::{Phase, Side};
+pub use plan::{
+    Action, PausePlan, PeerDma, PlanDevice, PlanRefusal, QuiescePlan, RunPlan, Stage, StageKind, Step, Unfit,
+};
+pub use rollback::{Fate, Recovered, Recovery, ResetPolicy, ResumeDevice, ResumePlan, Rollback, recover};
 pub use state::{Capabilities, DeviceState, Interface, InvalidCapabilities, MigrationFlags};
 pub use time::{Clock, Timestamp};
