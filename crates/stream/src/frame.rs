@@ -407,7 +407,7 @@ impl FrameHeader {
         self.length = u32::try_from(payload.len())
             .ok()
             .filter(|length| *length <= MAX_PAYLOAD)
-            .ok_or_else(|| FrameError::Overflow { length: payload.len(), capacity: MAX_PAYLOAD as usize })?;
+            .ok_or(FrameError::Overflow { length: payload.len(), capacity: MAX_PAYLOAD as usize })?;
         self.crc = self.checksum(payload);
         Ok(())
     }

@@ -35,4 +35,4 @@ pub use decoder::{Frame, FrameDecoder};
 pub use fault::Fault;
 pub use frame::{FrameError, FrameFlags, FrameHeader, FrameType, HEADER_LEN, Limits, MAX_PAYLOAD};
 pub use message::{Message, MessageError};
-pub use record::{RecordDecoder, RecordEncoder, RecordError, RecordEvent};
+pub use record::{RecordDecoder, RecordEncoder, RecordError, RecordEvent, RecordLimits, StreamTotals};

@@ -23,6 +23,7 @@
 //! | CANCEL | both | | session: 16 |
 //! | PING, PONG | both | | number: u64 |
 //!
+//! Session and token are 16 bytes in the order in which their 32 hexadecimal digits are written.
 //! A payload of fixed length has exactly that length. JSON is UTF-8, at most 1 MiB, with unknown
 //! members ignored; lists in it are bounded (W-COUNTS). Whether a message may come now is the
 //! engine's to check.
@@ -31,11 +32,12 @@ mod terms;
 mod types;
 
 pub use terms::{DeviceTransition, LoadedTerms, RunningTerms};
-pub use types::{Accept, Hello, InvalidHex, PeerLimits, Report, SessionId, Token, Trailer};
+pub use types::{Accept, DataCount, Hello, InvalidToken, PeerLimits, Report, Token, Trailer};
 
 use crate::Fault;
 use crate::frame::{FrameError, FrameHeader, FrameType, HEADER_LEN, MAX_PAYLOAD};
 use airlift_core::Failure;
+use airlift_core::commit::{CommitMessage, SessionId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -152,12 +154,7 @@ pub enum Message {
         round: u32,
     },
     /// Nothing follows on this data connection (W-FINAL).
-    Final {
-        /// Frames of bulk data that were sent on it.
-        frames: u64,
-        /// Bytes of their payloads.
-        bytes: u64,
-    },
+    Final(DataCount),
     /// What a device's stream held (W-TRAILER).
     Trailer(Trailer),
     /// The destination holds everything, and every device accepted it.
@@ -184,14 +181,14 @@ pub enum Message {
         /// The session.
         session: SessionId,
         /// Why.
-        failure: Failure,
+        failure: Box<Failure>,
     },
     /// The destination will never run this session.
     Abandoned {
         /// The session.
         session: SessionId,
         /// Why.
-        failure: Failure,
+        failure: Box<Failure>,
     },
     /// A user of the sender's side wants the session to end.
     Cancel {
@@ -217,7 +214,7 @@ impl Message {
             Self::Credit { .. } => FrameType::Credit,
             Self::InitAck { .. } => FrameType::InitAck,
             Self::RoundEnd { .. } => FrameType::RoundEnd,
-            Self::Final { .. } => FrameType::Final,
+            Self::Final(_) => FrameType::Final,
             Self::Trailer(_) => FrameType::Trailer,
             Self::Loaded { .. } => FrameType::Loaded,
             Self::Commit { .. } => FrameType::Commit,
@@ -228,6 +225,37 @@ impl Message {
             Self::Ping(_) => FrameType::Ping,
             Self::Pong(_) => FrameType::Pong,
         }
+    }
+
+    /// A message of the commit protocol. LOADED and RUNNING get terms of zero, which the engine
+    /// replaces by its own.
+    #[must_use]
+    pub fn of_commit(session: SessionId, message: CommitMessage) -> Self {
+        match message {
+            CommitMessage::Loaded => Self::Loaded { session, terms: LoadedTerms::default() },
+            CommitMessage::Commit => Self::Commit { session },
+            CommitMessage::Running => Self::Running { session, terms: RunningTerms::default() },
+            CommitMessage::Abort(failure) => Self::Abort { session, failure },
+            CommitMessage::Abandoned { cause: failure } => Self::Abandoned { session, failure },
+            CommitMessage::Cancel => Self::Cancel { session },
+        }
+    }
+
+    /// The message as the machines of the commit protocol take it, with its session; `None` for a
+    /// message that is not theirs.
+    #[must_use]
+    pub fn to_commit(&self) -> Option<(SessionId, CommitMessage)> {
+        Some(match self {
+            Self::Loaded { session, .. } => (*session, CommitMessage::Loaded),
+            Self::Commit { session } => (*session, CommitMessage::Commit),
+            Self::Running { session, .. } => (*session, CommitMessage::Running),
+            Self::Abort { session, failure } => (*session, CommitMessage::Abort(failure.clone())),
+            Self::Abandoned { session, failure } => {
+                (*session, CommitMessage::Abandoned { cause: failure.clone() })
+            }
+            Self::Cancel { session } => (*session, CommitMessage::Cancel),
+            _ => return None,
+        })
     }
 
     /// The whole frame. `sequence` is the sender's counter.
@@ -247,11 +275,11 @@ impl Message {
             Self::Report(report) => json(kind, &mut frame, report)?,
             Self::Accept(accept) => json(kind, &mut frame, accept)?,
             Self::Join { session, token } => {
-                frame.extend_from_slice(&session.0);
-                frame.extend_from_slice(&token.0);
+                frame.extend_from_slice(&session.0.to_be_bytes());
+                frame.extend_from_slice(&token.0.to_be_bytes());
             }
             Self::Resume { session } | Self::Commit { session } | Self::Cancel { session } => {
-                frame.extend_from_slice(&session.0);
+                frame.extend_from_slice(&session.0.to_be_bytes());
             }
             Self::Credit { device, frames } => {
                 header.index = *device;
@@ -262,9 +290,9 @@ impl Message {
                 frame.extend_from_slice(&generation.to_le_bytes());
             }
             Self::RoundEnd { round } => header.round = *round,
-            Self::Final { frames, bytes } => {
-                frame.extend_from_slice(&frames.to_le_bytes());
-                frame.extend_from_slice(&bytes.to_le_bytes());
+            Self::Final(count) => {
+                frame.extend_from_slice(&count.frames.to_le_bytes());
+                frame.extend_from_slice(&count.bytes.to_le_bytes());
             }
             Self::Trailer(trailer) => {
                 header.index = trailer.device;
@@ -297,14 +325,12 @@ impl Message {
             FrameType::Hello => Self::Hello(fields.json()?),
             FrameType::Report => Self::Report(fields.json()?),
             FrameType::Accept => Self::Accept(fields.json()?),
-            FrameType::Join => {
-                Self::Join { session: SessionId(fields.array()?), token: Token(fields.array()?) }
-            }
-            FrameType::Resume => Self::Resume { session: SessionId(fields.array()?) },
+            FrameType::Join => Self::Join { session: fields.session()?, token: Token(fields.u128()?) },
+            FrameType::Resume => Self::Resume { session: fields.session()? },
             FrameType::Credit => Self::Credit { device, frames: fields.u32()? },
             FrameType::InitAck => Self::InitAck { device, generation: fields.u32()? },
             FrameType::RoundEnd => Self::RoundEnd { round: header.round },
-            FrameType::Final => Self::Final { frames: fields.u64()?, bytes: fields.u64()? },
+            FrameType::Final => Self::Final(DataCount { frames: fields.u64()?, bytes: fields.u64()? }),
             FrameType::Trailer => Self::Trailer(Trailer {
                 device,
                 frames: fields.u64()?,
@@ -312,20 +338,16 @@ impl Message {
                 digest: fields.u64()?,
                 generation: fields.u32()?,
             }),
-            FrameType::Loaded => Self::Loaded { session: SessionId(fields.array()?), terms: fields.json()? },
-            FrameType::Commit => Self::Commit { session: SessionId(fields.array()?) },
-            FrameType::Running => {
-                Self::Running { session: SessionId(fields.array()?), terms: fields.json()? }
+            FrameType::Loaded => Self::Loaded { session: fields.session()?, terms: fields.json()? },
+            FrameType::Commit => Self::Commit { session: fields.session()? },
+            FrameType::Running => Self::Running { session: fields.session()?, terms: fields.json()? },
+            FrameType::Abort => {
+                Self::Abort { session: fields.session()?, failure: Box::new(terms::cut(&fields.json()?)) }
             }
-            FrameType::Abort => Self::Abort {
-                session: SessionId(fields.array()?),
-                failure: terms::cut(&fields.json::<Failure>()?),
-            },
-            FrameType::Abandoned => Self::Abandoned {
-                session: SessionId(fields.array()?),
-                failure: terms::cut(&fields.json::<Failure>()?),
-            },
-            FrameType::Cancel => Self::Cancel { session: SessionId(fields.array()?) },
+            FrameType::Abandoned => {
+                Self::Abandoned { session: fields.session()?, failure: Box::new(terms::cut(&fields.json()?)) }
+            }
+            FrameType::Cancel => Self::Cancel { session: fields.session()? },
             FrameType::Ping => Self::Ping(fields.u64()?),
             FrameType::Pong => Self::Pong(fields.u64()?),
             FrameType::Device
@@ -387,7 +409,7 @@ fn session_json(
     session: SessionId,
     value: &impl Serialize,
 ) -> Result<(), MessageError> {
-    frame.extend_from_slice(&session.0);
+    frame.extend_from_slice(&session.0.to_be_bytes());
     json(kind, frame, value)
 }
 
@@ -406,6 +428,14 @@ impl Fields<'_> {
             .ok_or(MessageError::Length { kind: self.kind, length: self.length })?;
         self.rest = rest;
         Ok(*field)
+    }
+
+    fn u128(&mut self) -> Result<u128, MessageError> {
+        self.array().map(u128::from_be_bytes)
+    }
+
+    fn session(&mut self) -> Result<SessionId, MessageError> {
+        self.u128().map(SessionId)
     }
 
     fn u32(&mut self) -> Result<u32, MessageError> {

@@ -1,65 +1,36 @@
 //! The contents of the messages that open a session.
 
 use super::{MAX_CHANNELS, MAX_DEVICES, MAX_LIST, MessageError, at_most};
-use crate::frame::FrameType;
+use crate::frame::{FrameHeader, FrameType};
+use airlift_core::commit::SessionId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-macro_rules! hex_id {
-    ($($(#[$doc:meta])* $name:ident;)*) => {$(
-        $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
-        pub struct $name(pub [u8; 16]);
-
-        impl TryFrom<String> for $name {
-            type Error = InvalidHex;
-            fn try_from(text: String) -> Result<Self, InvalidHex> {
-                from_hex(&text).map(Self).ok_or(InvalidHex)
-            }
-        }
-
-        impl From<$name> for String {
-            fn from(id: $name) -> Self {
-                hex(&id.0)
-            }
-        }
-    )*};
-}
-
-hex_id! {
-    /// The name of a session: 128 random bits, in text 32 hexadecimal digits.
-    SessionId;
-    /// Good for one data connection: 128 random bits. Against mix-ups, not against attackers.
-    Token;
-}
+/// Good for one data connection: 128 random bits, in text 32 hexadecimal digits. Against mix-ups, not
+/// against attackers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Token(pub u128);
 
 /// A text that is not 32 hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not 32 hexadecimal digits")]
-pub struct InvalidHex;
+pub struct InvalidToken;
 
-fn hex(bytes: &[u8; 16]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Option<[u8; 16]> {
-    // from_str_radix would take a sign.
-    if text.len() != 32 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return None;
-    }
-    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
-}
-
-impl fmt::Display for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex(&self.0))
+impl TryFrom<String> for Token {
+    type Error = InvalidToken;
+    fn try_from(text: String) -> Result<Self, InvalidToken> {
+        // from_str_radix would take a sign.
+        if text.len() != 32 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(InvalidToken);
+        }
+        u128::from_str_radix(&text, 16).map(Self).map_err(|_| InvalidToken)
     }
 }
 
-impl fmt::Debug for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SessionId({self})")
+impl From<Token> for String {
+    fn from(token: Token) -> Self {
+        format!("{:032x}", token.0)
     }
 }
 
@@ -67,6 +38,25 @@ impl fmt::Debug for Token {
     // A token lets its holder into the session: it is not for logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Token(..)")
+    }
+}
+
+/// What was sent on, or came over, one data connection: both sides count in the same way (W-FINAL).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DataCount {
+    /// Frames of bulk data.
+    pub frames: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+}
+
+impl DataCount {
+    /// Counts a frame, if it is bulk data.
+    pub const fn add(&mut self, header: &FrameHeader) {
+        if header.kind.is_data() {
+            self.frames = self.frames.saturating_add(1);
+            self.bytes = self.bytes.saturating_add(header.length as u64);
+        }
     }
 }
 
