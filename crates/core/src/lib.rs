@@ -16,11 +16,14 @@
 mod address;
 mod arcs;
 pub mod commit;
+mod compat;
+mod convergence;
 mod device;
 mod dirty;
 mod dirty_map;
 mod dirty_source;
 mod error;
+mod estimate;
 mod identity;
 mod phase;
 mod plan;
@@ -30,6 +33,10 @@ mod time;
 
 pub use address::{Gpa, GpaRange, Iova, IovaMap, IovaMapping, IovaRange, MemoryLayout, MemoryRegion};
 pub use arcs::{Arc, ArcSession, PathError, arcs, next as next_state, path};
+pub use compat::{CompatReport, DeviceOffer, Finding, Limits, Offer, Severity, compare};
+pub use convergence::{
+    Convergence, ConvergenceConfig, Decision, DeviceLeft, Round, StallCause, StallPolicy,
+};
 pub use device::{
     Chunk, Interrupter, LoadSession, MigrationDevice, Piece, PrecopyInfo, SaveSession, Session,
 };
@@ -37,6 +44,7 @@ pub use dirty::{BLOCK_SIZE, DirtyBitmap, InvalidRange, MAX_TRACKED_BYTES, PAGE_S
 pub use dirty_map::{DirtyMap, InvalidLayout};
 pub use dirty_source::{DirtyError, DirtySource, DomainId};
 pub use error::{DeviceError, DeviceErrorKind, Errno, Failure, TransitionError};
+pub use estimate::{DeviceTerms, DowntimeEstimate, EstimateInputs, rate, transfer_time};
 pub use identity::{DeviceId, DeviceIdentity, InvalidDeviceId, StateFormat};
 pub use phase::{Phase, Side};
 pub use plan::{
