@@ -4,7 +4,7 @@
 //! do so in parallel), the final dirty sync, all bytes that are left over the bandwidth there is,
 //! the slowest device's load, restoring configuration, starting, and round trips. Memory and device
 //! state share the connections, so their bytes are added. A model of bytes alone is wrong for
-//! devices: loading is not free (`docs/performance.md` has the measured terms).
+//! devices: loading is not free.
 //!
 //! All of it is estimates. Nothing here measures; the terms come from what the caller has seen.
 

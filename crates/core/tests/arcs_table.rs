@@ -1,5 +1,6 @@
 //! The derived arcs and paths against the interface's own table, for every pair of states and every
 //! capability set. The table stands here, and only here.
+#![allow(clippy::unwrap_used)]
 
 use airlift_core::{Arc, ArcSession, Capabilities, DeviceState, Errno, PathError, arcs, next_state, path};
 use std::collections::BTreeSet;
@@ -93,6 +94,9 @@ fn paths_are_what_the_table_walks() {
     }
 }
 
+/// Arcs by name, in groups.
+type Parts<'a> = Vec<&'a [(&'a str, &'a str)]>;
+
 fn listed(names: &[(&str, &str)]) -> BTreeSet<Arc> {
     names.iter().map(|(from, to)| Arc::new(state(from), state(to))).collect()
 }
@@ -104,7 +108,7 @@ fn v2_arcs_single_arcs_of_each_capability_set() {
     let folded = [("R", "S"), ("S", "R")];
     let precopy = [("R", "P"), ("P", "R")];
     let precopy_p2p = [("RP", "PP"), ("PP", "RP"), ("P", "PP"), ("PP", "P"), ("PP", "SC")];
-    let expected: [(u64, Vec<&[(&str, &str)]>); 4] = [
+    let expected: [(u64, Parts<'_>); 4] = [
         (1, vec![&common, &folded]),
         (3, vec![&common, &unfolded]),
         (5, vec![&common, &folded, &precopy, &[("P", "SC")]]),

@@ -1,4 +1,5 @@
 //! The dirty bitmap against the plainest model there is: one `bool` for each page.
+#![allow(clippy::unwrap_used)]
 
 use airlift_core::{BLOCK_SIZE, DirtyBitmap, InvalidRange, MAX_TRACKED_BYTES, PAGE_SIZE, ReportRanges};
 use proptest::prelude::*;

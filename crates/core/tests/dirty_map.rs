@@ -1,4 +1,5 @@
 //! Dirty pages of a machine with several regions: nothing lost, nothing outside, a fair sweep.
+#![allow(clippy::unwrap_used)]
 
 use airlift_core::{DirtyMap, Gpa, GpaRange, InvalidLayout, MemoryLayout, MemoryRegion, PAGE_SIZE};
 use std::collections::BTreeSet;

@@ -1,5 +1,6 @@
 //! Plans over several devices: all are quiescent before one stops, all answer before one runs, and
 //! what cannot be ordered is refused by name (V2-P2P-BARRIER).
+#![allow(clippy::unwrap_used)]
 
 use airlift_core::{
     Action, Capabilities, DeviceId, DeviceState, PausePlan, PeerDma, PlanDevice, PlanRefusal, QuiescePlan,

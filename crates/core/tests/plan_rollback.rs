@@ -1,5 +1,6 @@
 //! The way back, with everything failing: whatever state a failed arc left a device in, it ends
 //! running or quarantined and named, never stopped, and never ahead of its peers.
+#![allow(clippy::unwrap_used)]
 
 use airlift_core::{
     Action, Arc, Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceState, Errno, Fate, Recovered,
