@@ -8,6 +8,7 @@ mod dma;
 mod dma_log;
 mod done;
 mod irqs;
+mod server;
 pub mod transport;
 
 pub use device::{
@@ -17,3 +18,4 @@ pub use device::{
 pub use dma::{Dma, DmaAccess, DmaError, DmaGuard};
 pub use done::{Completion, Done};
 pub use irqs::Irqs;
+pub use server::{Server, ServerHandle, ServerOptions};

@@ -4,7 +4,7 @@
 //! mean, match replies, or keep two users apart: its owner locks the sending and the receiving side.
 //! A body may come in any number of pieces; it is read until it is whole (VU-WHOLE).
 
-use crate::codec::{FrameError, HEADER_SIZE, Header, MAX_FDS, MessageType};
+use crate::codec::{FrameError, HEADER_SIZE, Header, MAX_FDS};
 use airlift_core::Errno;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
@@ -308,14 +308,6 @@ impl Connection {
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
-    }
-}
-
-/// Whether a header is a reply, and of what outcome.
-pub(crate) const fn reply_error(header: &Header) -> Option<Option<u32>> {
-    match header.kind {
-        MessageType::Reply { error } => Some(error),
-        MessageType::Command { .. } => None,
     }
 }
 

@@ -69,6 +69,23 @@ impl VersionMessage {
         out
     }
 
+    /// The payload's bytes, at most `limit` of them: without `migration`, or without any text, where
+    /// they would be more. Some clients take no answer that is longer than their question
+    /// (VU-VERSION).
+    #[must_use]
+    pub fn encode_within(&self, limit: usize) -> Vec<u8> {
+        let whole = self.encode();
+        if whole.len() <= limit {
+            return whole;
+        }
+        let caps = VersionCaps { migration_pgsize: None, ..self.caps };
+        let mut short = Self { caps, ..*self }.encode();
+        if short.len() > limit {
+            short.truncate(4);
+        }
+        short
+    }
+
     /// Reads a payload. A text may be missing; what it does not say has the protocol's default.
     ///
     /// # Errors
@@ -137,6 +154,8 @@ mod tests {
         assert_eq!(message, VersionMessage { major: 0, minor: 0, caps });
         // Its own request has 214 bytes with the header; a reply must not be longer (VU-VERSION).
         assert!(message.encode().len() + 16 <= 125);
+        assert_eq!(message.encode_within(90).len(), 81 - 31 + 2);
+        assert_eq!(message.encode_within(10), [0, 0, 0, 0]);
         assert_eq!(VersionMessage::decode(&message.encode()), Ok(message));
     }
 
