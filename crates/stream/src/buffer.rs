@@ -39,7 +39,8 @@ impl FrameBuf {
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let capacity = capacity.min(MAX_BODY);
-        Self { bytes: vec![0; BODY_AT + capacity + TAIL_LEN], prefix: 0, len: 0, sealed: false }
+        // Not zero: zeroed memory would be mapped page by page while the guest is stopped.
+        Self { bytes: vec![0xff; BODY_AT + capacity + TAIL_LEN], prefix: 0, len: 0, sealed: false }
     }
 
     /// Bytes that the body takes.

@@ -25,6 +25,8 @@ pub mod decoder;
 pub mod digest;
 mod fault;
 pub mod frame;
+#[doc(hidden)]
+pub mod harness;
 pub mod machine_record;
 pub mod message;
 pub mod pages;

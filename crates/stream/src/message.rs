@@ -32,7 +32,7 @@ mod terms;
 mod types;
 
 pub use terms::{DeviceTransition, LoadedTerms, RunningTerms};
-pub use types::{Accept, DataCount, Hello, InvalidToken, PeerLimits, Report, Token, Trailer};
+pub use types::{Accept, DataCount, Hello, InvalidToken, Report, Token, Trailer};
 
 use crate::Fault;
 use crate::frame::{FrameError, FrameHeader, FrameType, HEADER_LEN, MAX_PAYLOAD};
@@ -49,6 +49,9 @@ pub const MAX_REGIONS: usize = 4096;
 
 /// The most data connections of a session.
 pub const MAX_CHANNELS: usize = 64;
+
+/// The most facts of one device's identity.
+pub const MAX_FACTS: usize = 256;
 
 /// The most entries of any other list, and the most bytes of a feature's name.
 pub const MAX_LIST: usize = 64;

@@ -1,4 +1,5 @@
 //! Memory runs and machine records.
+#![allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 use airlift_core::{Gpa, GpaRange};
 use airlift_stream::buffer::MAX_BODY;

@@ -1,5 +1,6 @@
 //! A device's stream: what the other side reads is what was written, however it was cut, and nothing
 //! else passes.
+#![allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 use airlift_core::Chunk;
 use airlift_stream::frame::{FrameFlags, FrameHeader, FrameType, HEADER_LEN, Limits};

@@ -1,8 +1,9 @@
 //! The contents of the messages that open a session.
 
-use super::{MAX_CHANNELS, MAX_DEVICES, MAX_LIST, MessageError, at_most};
+use super::{MAX_CHANNELS, MAX_DEVICES, MAX_FACTS, MAX_LIST, MAX_REGIONS, MessageError, at_most};
 use crate::frame::{FrameHeader, FrameType};
 use airlift_core::commit::SessionId;
+use airlift_core::{CompatReport, Limits, Offer};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -60,26 +61,16 @@ impl DataCount {
     }
 }
 
-/// What a side can take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerLimits {
-    /// Longest payload in bytes, at most 1 MiB.
-    pub max_payload: u32,
-    /// Data connections, at most 64.
-    pub channels: u16,
-}
-
 /// HELLO: who the source is and what it wants to send.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Versions of the wire that the source speaks.
     pub versions: Vec<u16>,
-    /// Names of what it can do beyond the version.
-    pub features: Vec<String>,
     /// The session, chosen by the source.
     pub session: SessionId,
-    /// What it can take and wants.
-    pub limits: PeerLimits,
+    /// Its devices, memory, limits and features. The order of the devices numbers them for the
+    /// whole session.
+    pub offer: Offer,
 }
 
 /// REPORT: the destination's answer to HELLO.
@@ -87,10 +78,12 @@ pub struct Hello {
 pub struct Report {
     /// The version of the wire that both speak.
     pub version: u16,
-    /// Which of the source's features it can do too.
+    /// Every finding. With a refusal among them nothing below counts, and no device was touched.
+    pub report: CompatReport,
+    /// What the destination takes.
+    pub limits: Limits,
+    /// Which of the source's features it has too.
     pub features: Vec<String>,
-    /// The longest payload in bytes that it takes.
-    pub max_payload: u32,
     /// One for each data connection that it takes; empty when it is not compatible.
     pub tokens: Vec<Token>,
     /// For each device of HELLO, the frames that may be sent before the first CREDIT (W-CREDIT).
@@ -140,15 +133,24 @@ fn check_features(kind: FrameType, features: &[String]) -> Result<(), MessageErr
 
 impl Hello {
     pub(super) fn check(&self, kind: FrameType) -> Result<(), MessageError> {
+        let Offer { devices, memory, limits, features, .. } = &self.offer;
         at_most(kind, "versions", self.versions.len(), MAX_LIST)?;
-        at_most(kind, "data connections", self.limits.channels.into(), MAX_CHANNELS)?;
-        check_features(kind, &self.features)
+        at_most(kind, "devices", devices.len(), MAX_DEVICES)?;
+        at_most(kind, "memory regions", memory.regions.len(), MAX_REGIONS)?;
+        at_most(kind, "data connections", limits.channels.into(), MAX_CHANNELS)?;
+        check_features(kind, features)?;
+        devices.iter().try_for_each(|device| {
+            let accepts = device.identity.format.as_ref().map_or(0, |format| format.accepts.len());
+            at_most(kind, "accepted versions of a state's format", accepts, MAX_LIST)?;
+            at_most(kind, "facts of a device", device.identity.facts.len(), MAX_FACTS)
+        })
     }
 }
 
 impl Report {
     pub(super) fn check(&self, kind: FrameType) -> Result<(), MessageError> {
         at_most(kind, "data connections", self.tokens.len(), MAX_CHANNELS)?;
+        at_most(kind, "data connections", self.limits.channels.into(), MAX_CHANNELS)?;
         at_most(kind, "devices", self.device_credits.len(), MAX_DEVICES)?;
         check_features(kind, &self.features)
     }
