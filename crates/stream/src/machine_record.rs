@@ -13,6 +13,10 @@
 use crate::frame::{FrameError, FrameHeader, FrameType};
 use crate::{Fault, FrameBuf};
 
+/// Names that begin with this are the engine's own (interrupts that were drained, say), and no
+/// machine's. The codec carries them like any other.
+pub const ENGINE_PREFIX: &str = "airlift/";
+
 /// The longest content of a record in bytes.
 pub const MAX_RECORD: usize = 1_000_000;
 

@@ -451,7 +451,10 @@ impl Fields<'_> {
 
     fn json<T: DeserializeOwned>(&mut self) -> Result<T, MessageError> {
         let bytes = std::mem::take(&mut self.rest);
-        serde_json::from_slice(bytes)
-            .map_err(|error| MessageError::Json { kind: self.kind, message: error.to_string() })
+        // The reader's text may quote the payload, which is the other side's and can be long.
+        serde_json::from_slice(bytes).map_err(|error| MessageError::Json {
+            kind: self.kind,
+            message: terms::cut_text(&error.to_string(), 256),
+        })
     }
 }

@@ -74,8 +74,8 @@ pub(super) fn cut(failure: &Failure) -> Failure {
     let mut next = Some(failure);
     while let Some(link) = next.filter(|_| chain.len() <= MAX_CAUSES) {
         chain.push(Failure {
-            message: cut_text(&link.message),
-            advice: link.advice.as_deref().map(cut_text),
+            message: cut_text(&link.message, MAX_TEXT),
+            advice: link.advice.as_deref().map(|advice| cut_text(advice, MAX_TEXT)),
             cause: None,
             device: link.device.clone(),
             ..*link
@@ -90,7 +90,8 @@ pub(super) fn cut(failure: &Failure) -> Failure {
     whole.unwrap_or_else(|| failure.clone())
 }
 
-fn cut_text(text: &str) -> String {
-    let end = (0..=text.len().min(MAX_TEXT)).rev().find(|at| text.is_char_boundary(*at));
+/// The text, or as much of its front as is at most `bytes` long.
+pub(super) fn cut_text(text: &str, bytes: usize) -> String {
+    let end = (0..=text.len().min(bytes)).rev().find(|at| text.is_char_boundary(*at));
     text[..end.unwrap_or(0)].to_owned()
 }

@@ -248,6 +248,11 @@ fn unknown_members_are_ignored_and_data_is_not_a_message() {
     assert_eq!(accept, Ok(Message::Accept(Accept { features: vec!["zero".into()] })));
     let deep = "[".repeat(100_000);
     assert!(matches!(decode_raw(FrameType::Accept, deep.as_bytes()), Err(MessageError::Json { .. })));
+    let long = format!(r#"{{"features":"{}"}}"#, "x".repeat(100_000));
+    let Err(MessageError::Json { message, .. }) = decode_raw(FrameType::Accept, long.as_bytes()) else {
+        panic!("a text for a list")
+    };
+    assert!(message.len() <= 256, "an error that is as long as what it refuses");
     for kind in [FrameType::Device, FrameType::Unknown(0x999)] {
         assert_eq!(decode_raw(kind, b""), Err(MessageError::NotAMessage { kind }));
     }
