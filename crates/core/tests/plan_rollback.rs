@@ -269,3 +269,27 @@ fn recovery_of_one_device() {
     let gone = Err(DeviceError::new(DeviceErrorKind::TimedOut, "GET", "no answer"));
     assert!(matches!(recover(&gone, true, &caps(7), ResetPolicy::Allowed), Recovery::Quarantine { .. }));
 }
+
+#[test]
+fn a_device_whose_steps_fail_is_tried_twice_and_holds_nobody_up_for_longer() {
+    let devices = vec![device("a", 3, true, Ok(StopCopy)), device("b", 3, true, Ok(StopCopy))];
+    let (a, b) = (devices[0].id.clone(), devices[1].id.clone());
+    let mut rollback = Rollback::new(devices, ResetPolicy::Never);
+    let mut kinds = Vec::new();
+    let mut tries = 0;
+    while let Some(stage) = rollback.next_stage() {
+        kinds.push(stage.kind);
+        for step in &stage.steps {
+            let stuck = step.device == b;
+            tries += u32::from(stuck);
+            rollback.report(&step.device, Ok(if stuck { StopCopy } else { step.action.target() }));
+        }
+        assert!(kinds.len() < 10);
+    }
+    assert_eq!(tries, 2);
+    // The first device waits for the second try, and runs when the other one is given up.
+    assert_eq!(kinds, [StageKind::PeerQuiet, StageKind::PeerQuiet, StageKind::Run]);
+    let end = rollback.finish();
+    assert_eq!((&end[0].device, &end[0].fate), (&a, &Fate::Running));
+    assert!(matches!(&end[1].fate, Fate::Quarantined { reason } if reason.contains("STOP_COPY")));
+}
