@@ -2,6 +2,7 @@
 //! [`airlift_core::MigrationDevice`], and a server that makes a device author's [`Device`] migratable.
 #![forbid(unsafe_code)]
 
+mod client;
 pub mod codec;
 mod device;
 mod dma;
@@ -11,6 +12,9 @@ mod irqs;
 mod server;
 pub mod transport;
 
+pub use client::{
+    Client, ClientOptions, DmaHandler, DmaWriteLog, RegionDetails, VfioUserDevice, VfioUserDirtySource,
+};
 pub use device::{
     Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationSupport, PciIds,
     RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver,

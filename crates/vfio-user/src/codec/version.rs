@@ -149,8 +149,7 @@ mod tests {
         payload.extend(qemu);
         payload.push(0);
         let message = VersionMessage::decode(&payload).unwrap();
-        let caps =
-            VersionCaps { max_msg_fds: 16, max_data_xfer_size: 1 << 20, migration_pgsize: Some(4096) };
+        let caps = VersionCaps { max_msg_fds: 16, max_data_xfer_size: 1 << 20, migration_pgsize: Some(4096) };
         assert_eq!(message, VersionMessage { major: 0, minor: 0, caps });
         // Its own request has 214 bytes with the header; a reply must not be longer (VU-VERSION).
         assert!(message.encode().len() + 16 <= 125);

@@ -53,12 +53,10 @@ impl Worker {
     ) -> Result<(), (crate::codec::Header, Errno)> {
         let header = request.header;
         let refused = |errno| (header, errno);
-        let (head, data) =
-            take::<FeatureHeader>(&request.payload).ok_or_else(|| refused(Errno::EINVAL))?;
+        let (head, data) = take::<FeatureHeader>(&request.payload).ok_or_else(|| refused(Errno::EINVAL))?;
         let flags = head.operation().ok_or_else(|| refused(Errno::EINVAL))?;
         let operation = flags & (FeatureFlags::GET | FeatureFlags::SET);
-        let supported =
-            self.supported(head.index(), conn.role).ok_or_else(|| refused(Errno::ENOTTY))?;
+        let supported = self.supported(head.index(), conn.role).ok_or_else(|| refused(Errno::ENOTTY))?;
         if !supported.contains(operation) {
             return Err(refused(Errno::EINVAL));
         }

@@ -274,12 +274,13 @@ impl Worker {
             self.send_job(Job::End(0));
         }
         match operation.kind {
-            Kind::SetState(asker) | Kind::Reset(asker) | Kind::Map { asker, .. } | Kind::Unmap { asker, .. } => {
-                match result {
-                    Ok(()) => asker.conn.reply(asker.header, &[&asker.echo], &[]),
-                    Err(errno) => asker.conn.refuse(asker.header, errno),
-                }
-            }
+            Kind::SetState(asker)
+            | Kind::Reset(asker)
+            | Kind::Map { asker, .. }
+            | Kind::Unmap { asker, .. } => match result {
+                Ok(()) => asker.conn.reply(asker.header, &[&asker.echo], &[]),
+                Err(errno) => asker.conn.refuse(asker.header, errno),
+            },
             Kind::End { owner, why } => {
                 if let Err(errno) = result {
                     tracing::warn!(%errno, state = %self.state, "a session could not be ended in order");

@@ -109,7 +109,8 @@ impl Worker {
         if asked.argsz < 16 {
             return Err(Errno::EINVAL);
         }
-        let pci = if self.description.pci.is_some() { DeviceInfoFlags::PCI } else { DeviceInfoFlags::empty() };
+        let pci =
+            if self.description.pci.is_some() { DeviceInfoFlags::PCI } else { DeviceInfoFlags::empty() };
         let info = DeviceInfo {
             argsz: 16,
             flags: (DeviceInfoFlags::RESET | pci).bits(),

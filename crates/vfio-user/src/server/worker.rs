@@ -5,7 +5,8 @@ use super::data::Job;
 use super::operations::Operation;
 use super::{Event, ServerOptions};
 use crate::codec::{
-    DEFAULT_MAX_DATA_XFER_SIZE, FeatureFlags, FeatureHeader, VersionCaps, VersionMessage, command, feature, take,
+    DEFAULT_MAX_DATA_XFER_SIZE, FeatureFlags, FeatureHeader, VersionCaps, VersionMessage, command, feature,
+    take,
 };
 use crate::{Attachment, Description, Detach, Device, Dma, Irqs};
 use airlift_core::{Capabilities, DeviceState, Errno};
@@ -259,8 +260,7 @@ impl Worker {
             self.attached = true;
             // Clones of the memory of clients before stay without mappings.
             self.dma = Dma::new(self.options.max_log_bytes);
-            let attachment =
-                Attachment { dma: self.dma.clone(), irqs: self.irqs.clone(), state: self.state };
+            let attachment = Attachment { dma: self.dma.clone(), irqs: self.irqs.clone(), state: self.state };
             self.device.attach(attachment);
         }
     }
