@@ -127,7 +127,7 @@ fn describe(reached: &Result<DeviceState, DeviceError>) -> String {
 }
 
 /// Everything that is known of a failed migration on one side.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
     /// The side where it happened.

@@ -230,6 +230,29 @@ impl DestinationMachine {
         self.phase
     }
 
+    /// The machine's state in one word, for logs and tests.
+    #[must_use]
+    pub const fn state_name(&self) -> &'static str {
+        match self.state {
+            State::Working => "working",
+            State::JournalLoaded => "journal-loaded",
+            State::Hold => "hold",
+            State::JournalCommitted => "journal-committed",
+            State::JournalRunStarted => "journal-run-started",
+            State::StartingDevices => "starting-devices",
+            State::StartingVcpus => "starting-vcpus",
+            State::Running => "running",
+            State::Resetting { .. } => "resetting",
+            State::NotReset { .. } => "not-reset",
+            State::JournalAbandoned { .. } => "journal-abandoned",
+            State::Unsaid { .. } => "unsaid",
+            State::Abandoned { .. } => "abandoned",
+            State::Idle => "idle",
+            State::Doubt { ran: false } => "doubt",
+            State::Doubt { ran: true } => "ran",
+        }
+    }
+
     /// The latest outcome. One in doubt may be followed by another.
     #[must_use]
     pub const fn outcome(&self) -> Option<&Outcome> {

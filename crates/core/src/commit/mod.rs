@@ -55,6 +55,7 @@ pub use verdict::{DestinationVerdict, SourceVerdict, destination_verdict, source
 use crate::{Failure, Phase};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 /// How a migration ended on one side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -133,4 +134,10 @@ pub struct OutOfOrder {
     pub input: &'static str,
     /// The machine's phase.
     pub phase: Phase,
+}
+
+/// Nothing enters the hash: what failed decides nothing in the protocol, and to an explorer that
+/// tells states apart by their hash two that differ only in their causes are one.
+impl Hash for Failure {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
 }

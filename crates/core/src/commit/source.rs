@@ -220,6 +220,26 @@ impl SourceMachine {
         self.phase
     }
 
+    /// The machine's state in one word, for logs and tests.
+    #[must_use]
+    pub const fn state_name(&self) -> &'static str {
+        match self.state {
+            State::Working => "working",
+            State::JournalCommit { .. } => "journal-commit",
+            State::Committed { .. } => "committed",
+            State::JournalAborted { .. } => "journal-aborted",
+            State::JournalRolledBack { .. } => "journal-rolled-back",
+            State::RollingBack { .. } => "rolling-back",
+            State::Finishing => "finishing",
+            State::Closing(_) => "closing",
+            State::Doubt { .. } => "doubt",
+            State::Closed => match self.outcome {
+                Some(Outcome::Completed) => "done",
+                _ => "runs-on",
+            },
+        }
+    }
+
     /// The latest outcome. One in doubt may be followed by another.
     #[must_use]
     pub const fn outcome(&self) -> Option<&Outcome> {
