@@ -3,5 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod device;
+pub mod simvm;
 
 pub use device::{FailArc, SoftDevice, SoftDeviceError, SoftDeviceOptions, SoftEvent, SoftMonitor, registers};
