@@ -1,0 +1,65 @@
+//! Load: records restored while the devices are still RESUMING, then RESUMING -> STOP, where each
+//! device validates what it was given. Then LOADED.
+
+use super::reset::Standing;
+use super::resuming::Received;
+use super::session::Session;
+use crate::interrupts;
+use crate::machine::PendingInterrupt;
+use crate::set::{LoadedSet, LoadingSet};
+use airlift_core::{Failure, PeerDma, Phase, Side};
+
+/// A destination that holds the guest and does not run it.
+pub(super) struct Holding {
+    pub(super) set: LoadedSet,
+    pub(super) pending: Vec<PendingInterrupt>,
+    pub(super) peer_dma: PeerDma,
+}
+
+pub(super) fn run(session: &mut Session, set: LoadingSet, received: Received) -> Result<Holding, Standing> {
+    if !session.enter(Phase::Load) {
+        return Err(Standing::Loading(set));
+    }
+    tracing::debug!(name: "vfio_load_state", devices = set.ids().len());
+    let begun = session.now();
+    if received.external_memory
+        && let Err(error) = session.machine.external_memory_barrier(session.options.deadlines.stop_copy)
+    {
+        session.fail_machine(Phase::Load, &error);
+        return Err(Standing::Loading(set));
+    }
+    let mut pending = Vec::new();
+    for record in &received.records {
+        if record.name == interrupts::NAME {
+            match interrupts::read(&record.data) {
+                Ok(drained) => pending = drained,
+                Err(message) => {
+                    session.fail(Failure::new(Side::Destination, Phase::Load, message));
+                    return Err(Standing::Loading(set));
+                }
+            }
+            continue;
+        }
+        tracing::trace!(name: "vfio_load_device_config_state", record = %record.name);
+        if let Err(error) = session.machine.load_record(record) {
+            session.fail_machine(Phase::Load, &error);
+            return Err(Standing::Loading(set));
+        }
+    }
+    let configured = session.now();
+    session.figures.config = configured.since(begun);
+    match set.finish(session.options.deadlines.stop_copy) {
+        Ok(set) => {
+            session.figures.load = session.now().since(configured);
+            tracing::debug!(name: "vfio_load_cleanup", "loading has ended");
+            let holding = Holding { set, pending, peer_dma: received.peer_dma };
+            session.announce(Phase::Loaded);
+            session.advance(Phase::Loaded);
+            if session.fallen() { Err(Standing::Loaded(holding.set)) } else { Ok(holding) }
+        }
+        Err(failed) => {
+            session.fail(failed.error.clone().into_failure(Side::Destination, Phase::Load));
+            Err(Standing::Idle(failed.into_set()))
+        }
+    }
+}

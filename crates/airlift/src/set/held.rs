@@ -1,0 +1,139 @@
+//! A device in its worker's hands, together with the data session that its state has.
+//!
+//! [`Saving`] and [`Loading`] own both; leaving the state consumes the session, so that reading
+//! after leaving cannot be written.
+
+use super::recorder::Recorder;
+use airlift_core::{
+    DeviceError, DeviceErrorKind, DeviceState, LoadSession, MigrationDevice, SaveSession, Session,
+    TransitionError, path,
+};
+
+/// A device without a session.
+pub(super) struct Idle {
+    pub(super) device: Box<dyn MigrationDevice>,
+}
+
+/// A device in a state of the saving group, and the session that spans the group (V2-SESSION).
+pub(super) struct Saving {
+    pub(super) device: Box<dyn MigrationDevice>,
+    pub(super) session: Box<dyn SaveSession>,
+}
+
+/// A device in RESUMING, and its session.
+pub(super) struct Loading {
+    pub(super) device: Box<dyn MigrationDevice>,
+    pub(super) session: Box<dyn LoadSession>,
+}
+
+/// A step that was refused gives back what it was made from.
+pub(super) type Refused<T> = (T, TransitionError);
+
+impl Idle {
+    /// Walks to `to`, outside of the saving group and of RESUMING.
+    pub(super) fn walk(&mut self, to: DeviceState, recorder: &Recorder) -> Result<(), TransitionError> {
+        walk(&mut *self.device, to, recorder).map(drop)
+    }
+
+    /// Walks to PRE_COPY or STOP_COPY.
+    pub(super) fn save(mut self, to: DeviceState, recorder: &Recorder) -> Result<Saving, Box<Refused<Self>>> {
+        match walk(&mut *self.device, to, recorder) {
+            Ok(Some(Session::Save(session))) => Ok(Saving { device: self.device, session }),
+            Ok(other) => {
+                let error = no_session(&other, to);
+                Err(Box::new((self, error)))
+            }
+            Err(error) => Err(Box::new((self, error))),
+        }
+    }
+
+    /// Walks to RESUMING.
+    pub(super) fn load(mut self, recorder: &Recorder) -> Result<Loading, Box<Refused<Self>>> {
+        match walk(&mut *self.device, DeviceState::Resuming, recorder) {
+            Ok(Some(Session::Load(session))) => Ok(Loading { device: self.device, session }),
+            Ok(other) => {
+                let error = no_session(&other, DeviceState::Resuming);
+                Err(Box::new((self, error)))
+            }
+            Err(error) => Err(Box::new((self, error))),
+        }
+    }
+}
+
+impl Saving {
+    /// Walks within the saving group; the session goes on.
+    pub(super) fn walk(&mut self, to: DeviceState, recorder: &Recorder) -> Result<(), TransitionError> {
+        walk(&mut *self.device, to, recorder).map(drop)
+    }
+
+    /// Ends the session and gives the device, wherever it is.
+    pub(super) fn close(self) -> Idle {
+        Idle { device: self.device }
+    }
+}
+
+impl Loading {
+    /// RESUMING -> STOP: the device validates what was written and may refuse it.
+    pub(super) fn finish(mut self, recorder: &Recorder) -> (Idle, Result<(), TransitionError>) {
+        // The session ends after the arc: a driver may look at it once more.
+        let result = walk(&mut *self.device, DeviceState::Stop, recorder).map(drop);
+        (Idle { device: self.device }, result)
+    }
+
+    /// Ends the session and gives the device, which must be reset.
+    pub(super) fn abandon(self) -> Idle {
+        Idle { device: self.device }
+    }
+}
+
+/// Makes the arcs from the state that the device is read to have, one at a time, so that each has its
+/// time and its own error. Gives the session that was opened, if one was.
+fn walk(
+    device: &mut dyn MigrationDevice,
+    to: DeviceState,
+    recorder: &Recorder,
+) -> Result<Option<Session>, TransitionError> {
+    let from = device.state().map_err(|error| TransitionError {
+        from: DeviceState::Unknown(u32::MAX),
+        to,
+        reached: Err(error.clone()),
+        error,
+    })?;
+    let arcs = path(from, to, &device.capabilities()).map_err(|refusal| TransitionError {
+        from,
+        to,
+        reached: Ok(from),
+        error: DeviceError::new(DeviceErrorKind::Misuse, "plan arcs", refusal.to_string()),
+    })?;
+    let mut opened = None;
+    for arc in arcs {
+        let begun = recorder.now();
+        match device.set_state(arc.to) {
+            Ok(session) => {
+                recorder.arc(device.id(), arc.from, arc.to, begun);
+                if session.is_some() {
+                    opened = session;
+                }
+            }
+            Err(error) => {
+                let reached = error.reached.clone().unwrap_or(DeviceState::Unknown(u32::MAX));
+                recorder.arc(device.id(), arc.from, reached, begun);
+                return Err(error);
+            }
+        }
+    }
+    Ok(opened)
+}
+
+fn no_session(got: &Option<Session>, to: DeviceState) -> TransitionError {
+    let message = match got {
+        None => "the arc opened no data session",
+        Some(_) => "the arc opened a data session of the other direction",
+    };
+    TransitionError {
+        from: to,
+        to,
+        reached: Ok(to),
+        error: DeviceError::new(DeviceErrorKind::Protocol, "SET MIG_DEVICE_STATE", message),
+    }
+}

@@ -1,0 +1,133 @@
+//! The destination's half of a device's data: frames -> records -> device, in sequence.
+//!
+//! Frames of one device may arrive over several connections. Those that are ahead wait here; how many
+//! can is bounded by the room that the source was given (W-CREDIT).
+
+use super::held::{Idle, Loading};
+use super::recorder::Recorder;
+use super::sink::{SetEvent, StreamFault};
+use crate::control::Gauges;
+use crate::wire::PooledBuf;
+use airlift_core::{DeviceError, DeviceErrorKind, TransitionError};
+use airlift_stream::{FrameHeader, RecordDecoder, RecordError, RecordEvent, RecordLimits};
+use crossbeam_channel::Sender;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A DEVICE frame whose checksum was verified.
+#[derive(Debug)]
+pub struct InFrame {
+    /// Its header.
+    pub header: FrameHeader,
+    /// Its payload.
+    pub payload: PooledBuf,
+}
+
+/// A device with the stream it is loaded from.
+pub(super) struct Incoming {
+    loading: Loading,
+    index: u32,
+    decoder: RecordDecoder,
+    next: u64,
+    ahead: BTreeMap<u64, InFrame>,
+    room: usize,
+    ended: bool,
+    events: Sender<SetEvent>,
+    gauges: Arc<Gauges>,
+}
+
+impl Incoming {
+    /// Opens the session. `room` frames may be on their way at a time.
+    pub(super) fn begin(
+        idle: Idle,
+        index: u32,
+        room: usize,
+        events: Sender<SetEvent>,
+        gauges: Arc<Gauges>,
+        recorder: &Recorder,
+    ) -> Result<Self, Box<(Idle, TransitionError)>> {
+        let loading = idle.load(recorder)?;
+        Ok(Self {
+            loading,
+            index,
+            decoder: RecordDecoder::new(index, RecordLimits::default()),
+            next: 0,
+            ahead: BTreeMap::new(),
+            room,
+            ended: false,
+            events,
+            gauges,
+        })
+    }
+
+    /// Takes a frame and writes it, and those that waited for it, to the device.
+    pub(super) fn take(&mut self, frame: InFrame) -> Result<(), StreamFault> {
+        let sequence = frame.header.sequence;
+        let twice = sequence < self.next || self.ahead.contains_key(&sequence);
+        if twice || self.ahead.len() >= self.room {
+            return Err(StreamFault::Stream(RecordError::Sequence { expected: self.next, found: sequence }));
+        }
+        self.ahead.insert(sequence, frame);
+        while let Some(frame) = self.ahead.remove(&self.next) {
+            self.next += 1;
+            self.write(&frame)?;
+            drop(frame);
+            // The receiver can be gone only together with the session.
+            let _ = self.events.send(SetEvent::Written { device: self.index });
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, frame: &InFrame) -> Result<(), StreamFault> {
+        let device = self.index;
+        let mut written = 0;
+        let mut records = self.decoder.frame(&frame.header, &frame.payload)?;
+        while let Some(event) = records.next_event()? {
+            match event {
+                RecordEvent::Setup | RecordEvent::ConfigLoadReady => {}
+                RecordEvent::Data { total } => self.loading.session.begin_chunk(total)?,
+                RecordEvent::Bytes(bytes) => {
+                    self.loading.session.write(bytes)?;
+                    written += bytes.len() as u64;
+                }
+                RecordEvent::DataEnd => self.loading.session.end_chunk()?,
+                RecordEvent::InitDataSent { generation } => {
+                    let _ = self.events.send(SetEvent::InitialData { device, generation });
+                }
+                RecordEvent::Config(data) => {
+                    let _ = self.events.send(SetEvent::Config { device, data: data.to_vec() });
+                }
+                RecordEvent::End => self.ended = true,
+            }
+        }
+        tracing::trace!(name: "vfio_load_state_device_data", device = %self.loading.device.id(), data_size = written);
+        if let Some(gauge) = self.gauges.devices.get(usize::try_from(device).unwrap_or(usize::MAX)) {
+            gauge.bytes.fetch_add(written, Ordering::Relaxed);
+        }
+        if self.ended {
+            let totals = self.decoder.finish()?.clone();
+            let _ = self.events.send(SetEvent::Ended { device, totals });
+        }
+        Ok(())
+    }
+
+    /// RESUMING -> STOP. Refused before the stream's end: too little data must not become a device.
+    pub(super) fn finish(self, recorder: &Recorder) -> (Idle, Result<(), StreamFault>) {
+        if !self.ended {
+            let error = DeviceError::new(
+                DeviceErrorKind::Misuse,
+                "end of loading",
+                "the device's stream has not ended",
+            );
+            return (self.loading.abandon(), Err(StreamFault::Device(error)));
+        }
+        let (idle, result) = self.loading.finish(recorder);
+        (idle, result.map_err(|error| StreamFault::Transition(Box::new(error))))
+    }
+
+    /// Ends the session; the device must be reset.
+    pub(super) fn abandon(self) -> Idle {
+        self.loading.abandon()
+    }
+}

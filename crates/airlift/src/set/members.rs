@@ -1,0 +1,397 @@
+//! The devices of a set, asked side by side, each by its own worker, with one deadline for all.
+
+use super::recorder::Recorder;
+use super::save::SaveStatus;
+use super::sink::{SetEvent, StreamFault};
+use super::worker::{NoAnswer, Post, Worker};
+use crate::control::Gauges;
+use crate::event::Event;
+use airlift_core::{
+    Action, Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Errno,
+    Failure, Fate, MigrationDevice, Phase, PlanDevice, PlanRefusal, Recovered, ResetPolicy, ResumeDevice,
+    Rollback, Side, Stage,
+};
+use crossbeam_channel::{Receiver, unbounded};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a device that was interrupted has to answer before it is given up.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A step of a set failed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SetError {
+    /// One device failed. When several did, the first in the set's order; the others are in the
+    /// transitions.
+    #[error("{device}: {fault}")]
+    Device {
+        /// The device.
+        device: DeviceId,
+        /// How.
+        fault: StreamFault,
+    },
+    /// The devices cannot be taken through the step together.
+    #[error(transparent)]
+    Plan(#[from] PlanRefusal),
+    /// A thread could not be started.
+    #[error(transparent)]
+    Spawn(#[from] crate::spawn::SpawnError),
+    /// Two devices have the same name.
+    #[error("two devices are named {0}")]
+    Twice(DeviceId),
+}
+
+impl SetError {
+    /// The error as the report has it.
+    #[must_use]
+    pub fn into_failure(self, side: Side, phase: Phase) -> Failure {
+        let mut failure = Failure::new(side, phase, self.to_string());
+        match self {
+            Self::Device { device, fault } => {
+                failure.device = Some(device);
+                let (state, errno) = match &fault {
+                    StreamFault::Device(error) => (None, error.errno),
+                    StreamFault::Transition(error) => {
+                        (error.reached.as_ref().ok().copied(), error.error.errno)
+                    }
+                    StreamFault::Closed(_) | StreamFault::Stream(_) => (None, None),
+                };
+                failure.state = state;
+                failure.errno = errno;
+                failure.message = fault.to_string();
+                failure.advice = advice(&fault, side).map(str::to_owned);
+            }
+            Self::Plan(PlanRefusal::PeerDma { .. }) => {
+                failure.advice = Some(
+                    "declare with --assume-no-peer-dma that the devices do not write to each other, if that is so"
+                        .into(),
+                );
+            }
+            Self::Plan(PlanRefusal::Unfit { .. }) | Self::Spawn(_) | Self::Twice(_) => {}
+        }
+        failure
+    }
+}
+
+fn advice(fault: &StreamFault, side: Side) -> Option<&'static str> {
+    let error = match fault {
+        StreamFault::Device(error) => error,
+        StreamFault::Transition(error) => &error.error,
+        StreamFault::Closed(_) | StreamFault::Stream(_) => return None,
+    };
+    match (&error.kind, side) {
+        (DeviceErrorKind::Lost, _) => {
+            Some("look at the log of the device's server: it ended, or closed the connection")
+        }
+        (DeviceErrorKind::TimedOut, _) => {
+            Some("the device did not answer in time; a longer deadline can be set if it is only slow")
+        }
+        (DeviceErrorKind::Refused, Side::Destination) if error.errno == Some(Errno::EINVAL) => {
+            Some("the device refused the state: compare its size, type and version with the source's device")
+        }
+        _ => None,
+    }
+}
+
+/// The devices of one side.
+pub(super) struct Members {
+    workers: Vec<Option<Worker>>,
+    ids: Vec<DeviceId>,
+    capabilities: Vec<Capabilities>,
+    identities: Vec<DeviceIdentity>,
+    pub(super) ran_before: Vec<bool>,
+    pub(super) quarantined: Vec<Option<String>>,
+    pub(super) was_reset: Vec<bool>,
+    pub(super) recorder: Recorder,
+    pub(super) gauges: Arc<Gauges>,
+    pub(super) events: Receiver<SetEvent>,
+}
+
+/// One answer of each device that was asked.
+pub(super) type Answers<R> = Vec<(usize, Result<R, DeviceError>)>;
+
+impl Members {
+    pub(super) fn new(
+        devices: Vec<Box<dyn MigrationDevice>>,
+        recorder: Recorder,
+        gauges: Arc<Gauges>,
+    ) -> Result<Self, SetError> {
+        let (sender, events) = unbounded();
+        let count = devices.len();
+        let mut workers = Vec::with_capacity(count);
+        for (index, device) in devices.into_iter().enumerate() {
+            let id = device.id().clone();
+            if workers.iter().flatten().any(|w: &Worker| w.id == id) {
+                return Err(SetError::Twice(id));
+            }
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            workers.push(Some(Worker::start(device, index, &recorder, Arc::clone(&gauges), sender.clone())?));
+        }
+        let of = |f: fn(&Worker) -> Capabilities| workers.iter().flatten().map(f).collect::<Vec<_>>();
+        let capabilities = of(|w| w.capabilities);
+        let ids = workers.iter().flatten().map(|w| w.id.clone()).collect();
+        let identities = workers.iter().flatten().map(|w| w.identity.clone()).collect();
+        Ok(Self {
+            workers,
+            ids,
+            capabilities,
+            identities,
+            ran_before: vec![false; count],
+            quarantined: vec![None; count],
+            was_reset: vec![false; count],
+            recorder,
+            gauges,
+            events,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    pub(super) fn ids(&self) -> &[DeviceId] {
+        &self.ids
+    }
+
+    pub(super) fn capabilities(&self, index: usize) -> Capabilities {
+        self.capabilities[index]
+    }
+
+    pub(super) fn identity(&self, index: usize) -> &DeviceIdentity {
+        &self.identities[index]
+    }
+
+    pub(super) fn worker(&self, index: usize) -> Option<&Worker> {
+        self.workers.get(index)?.as_ref()
+    }
+
+    pub(super) fn save_status(&self, index: usize) -> SaveStatus {
+        self.worker(index).map(Worker::save_status).unwrap_or_default()
+    }
+
+    fn index_of(&self, id: &DeviceId) -> Option<usize> {
+        self.ids.iter().position(|other| other == id)
+    }
+
+    /// Asks the devices in `which` at the same time and waits for all. One that does not answer in
+    /// time is interrupted, and given up if that does not help.
+    pub(super) fn ask<R: Send + 'static, F>(
+        &mut self,
+        which: &[usize],
+        deadline: Duration,
+        mut job: impl FnMut(usize) -> F,
+    ) -> Answers<R>
+    where
+        F: FnOnce(&mut Post) -> R + Send + 'static,
+    {
+        let asked: Vec<_> = which
+            .iter()
+            .map(|&index| (index, self.workers[index].as_ref().map(|worker| worker.ask(job(index)))))
+            .collect();
+        let until = Instant::now() + deadline;
+        let mut answers = Vec::with_capacity(asked.len());
+        for (index, answer) in asked {
+            let result = match answer {
+                None => Err(self.given_up(index)),
+                Some(answer) => match answer.wait(until) {
+                    Ok(result) => Ok(result),
+                    Err(NoAnswer::Dead) => {
+                        Err(self.quarantine(index, DeviceErrorKind::Lost, "its worker has ended"))
+                    }
+                    Err(NoAnswer::Late) => {
+                        let woken = self.workers[index].as_ref().is_some_and(Worker::interrupt);
+                        let grace = if woken { GRACE } else { Duration::ZERO };
+                        match answer.wait(Instant::now() + grace) {
+                            Ok(result) => Ok(result),
+                            Err(_) => Err(self.quarantine(
+                                index,
+                                DeviceErrorKind::TimedOut,
+                                &format!("no answer within {deadline:?}"),
+                            )),
+                        }
+                    }
+                },
+            };
+            answers.push((index, result));
+        }
+        answers
+    }
+
+    /// Every device that has not been given up.
+    pub(super) fn present(&self) -> Vec<usize> {
+        (0..self.len()).filter(|&i| self.workers[i].is_some()).collect()
+    }
+
+    fn given_up(&self, index: usize) -> DeviceError {
+        let why = self.quarantined[index].as_deref().unwrap_or("given up");
+        DeviceError::new(DeviceErrorKind::Lost, "device worker", why)
+    }
+
+    /// Leaves the device behind, with its worker.
+    fn quarantine(&mut self, index: usize, kind: DeviceErrorKind, why: &str) -> DeviceError {
+        self.workers[index] = None;
+        self.note_quarantine(index, why);
+        DeviceError::new(kind, "device worker", why)
+    }
+
+    fn note_quarantine(&mut self, index: usize, why: &str) {
+        if self.quarantined[index].is_none() {
+            self.quarantined[index] = Some(why.to_owned());
+            let device = self.ids[index].clone();
+            tracing::warn!(device = %device, reason = why, "a device is given up");
+            self.recorder.emit(&Event::Quarantined { device, reason: why.to_owned() });
+        }
+    }
+
+    /// Turns answers that are themselves results into the first error, if there is one.
+    pub(super) fn all_ok<R>(
+        &self,
+        answers: Answers<Result<R, StreamFault>>,
+    ) -> Result<Vec<(usize, R)>, SetError> {
+        let mut good = Vec::with_capacity(answers.len());
+        for (index, answer) in answers {
+            match answer.map_err(StreamFault::Device).and_then(|r| r) {
+                Ok(value) => good.push((index, value)),
+                Err(fault) => return Err(SetError::Device { device: self.ids[index].clone(), fault }),
+            }
+        }
+        Ok(good)
+    }
+
+    /// Reads the state of every device.
+    pub(super) fn states(&mut self, deadline: Duration) -> Answers<Result<DeviceState, StreamFault>> {
+        let which = self.present();
+        self.ask(&which, deadline, |_| |post: &mut Post| post.state().map_err(StreamFault::Device))
+    }
+
+    /// The devices as plans want them, with states read now.
+    pub(super) fn plan_devices(&mut self, deadline: Duration) -> Result<Vec<PlanDevice>, SetError> {
+        let states = self.states(deadline);
+        let states = self.all_ok(states)?;
+        let device = |(index, state): (usize, DeviceState)| PlanDevice {
+            id: self.ids[index].clone(),
+            capabilities: self.capabilities[index],
+            state,
+        };
+        Ok(states.into_iter().map(device).collect())
+    }
+
+    /// Carries out one stage: every step at the same time, all ended when it returns.
+    pub(super) fn stage<F>(
+        &mut self,
+        stage: &Stage,
+        deadline: Duration,
+        job: impl Fn(DeviceState) -> F,
+    ) -> Result<(), SetError>
+    where
+        F: FnOnce(&mut Post) -> Result<(), StreamFault> + Send + 'static,
+    {
+        let targets: Vec<_> = stage
+            .steps
+            .iter()
+            .filter_map(|step| Some((self.index_of(&step.device)?, step.action.target())))
+            .collect();
+        let which: Vec<_> = targets.iter().map(|(index, _)| *index).collect();
+        let target = |index: usize| {
+            // `which` was made of `targets`, so every index is there.
+            targets.iter().find(|(i, _)| *i == index).map_or(DeviceState::Stop, |(_, target)| *target)
+        };
+        let answers = self.ask(&which, deadline, |index| job(target(index)));
+        self.all_ok(answers).map(drop)
+    }
+
+    /// Brings every device back to what it was before the migration, as far as it can be (I2, I6).
+    pub(super) fn roll_back(&mut self, policy: ResetPolicy, deadline: Duration) -> Vec<Recovered> {
+        let everyone: Vec<_> = (0..self.len()).collect();
+        let found = self.ask(&everyone, deadline, |_| {
+            |post: &mut Post| {
+                post.close_session();
+                post.state()
+            }
+        });
+        let devices = found
+            .into_iter()
+            .map(|(index, answer)| ResumeDevice {
+                id: self.ids[index].clone(),
+                capabilities: self.capabilities[index],
+                ran_before: self.ran_before[index],
+                found: answer.and_then(|r| r),
+            })
+            .collect();
+        let mut rollback = Rollback::new(devices, policy);
+        while let Some(stage) = rollback.next_stage() {
+            let steps: Vec<_> = stage
+                .steps
+                .iter()
+                .filter_map(|step| Some((self.index_of(&step.device)?, step.action)))
+                .collect();
+            let which: Vec<_> = steps.iter().map(|(index, _)| *index).collect();
+            let answers = self.ask(&which, deadline, |index| {
+                let action = steps.iter().find(|(i, _)| *i == index).map(|(_, action)| *action);
+                move |post: &mut Post| walk_back(post, action)
+            });
+            for (index, answer) in answers {
+                rollback.report(&self.ids[index], answer.and_then(|r| r));
+            }
+        }
+        let recovered = rollback.finish();
+        for (index, end) in recovered.iter().enumerate() {
+            self.was_reset[index] |= end.was_reset;
+            if let Fate::Quarantined { reason } = &end.fate {
+                self.note_quarantine(index, reason);
+            }
+        }
+        recovered
+    }
+
+    /// Resets every device that can be asked. Gives those that could not be.
+    pub(super) fn reset_all(&mut self, deadline: Duration) -> Vec<(DeviceId, DeviceError)> {
+        let everyone: Vec<_> = (0..self.len()).collect();
+        let answers = self.ask(&everyone, deadline, |_| reset);
+        let mut failed = Vec::new();
+        for (index, answer) in answers {
+            match answer.and_then(|r| r) {
+                Ok(()) => self.was_reset[index] = true,
+                Err(error) => {
+                    self.note_quarantine(index, &format!("its reset failed: {error}"));
+                    failed.push((self.ids[index].clone(), error));
+                }
+            }
+        }
+        failed
+    }
+
+    /// Ends the workers and gives the devices that are still at hand.
+    pub(super) fn into_devices(mut self, deadline: Duration) -> Vec<Box<dyn MigrationDevice>> {
+        let which = self.present();
+        let answers = self.ask(&which, deadline, |_| |post: &mut Post| post.give_up_device());
+        answers.into_iter().filter_map(|(_, answer)| answer.ok().flatten()).collect()
+    }
+}
+
+fn walk_back(post: &mut Post, action: Option<Action>) -> Result<DeviceState, DeviceError> {
+    // A step that fails is not the end: the state that is read back decides what comes next (I6).
+    match action {
+        Some(Action::SetState(target)) => {
+            if let Err(error) = post.walk(target) {
+                tracing::warn!(error = %error, "a step of the rollback failed");
+            }
+        }
+        Some(Action::Reset) => reset(post)?,
+        None => {}
+    }
+    post.state()
+}
+
+fn reset(post: &mut Post) -> Result<(), DeviceError> {
+    post.close_session();
+    let begun = post.recorder.now();
+    let recorder = post.recorder.clone();
+    let device = post.device()?;
+    let from = device.state().unwrap_or(DeviceState::Unknown(u32::MAX));
+    device.reset()?;
+    let to = device.state()?;
+    recorder.arc(device.id(), from, to, begun);
+    post.note(to);
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! The record of every arc, with its time, and the way of events to the observer.
+
+use crate::clock::Environment;
+use crate::event::{Event, Transition};
+use airlift_core::{DeviceId, DeviceState, Side, Timestamp};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Milliseconds of a duration, for reports.
+pub(crate) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// Notes what one side's devices do.
+#[derive(Clone, Debug)]
+pub(crate) struct Recorder {
+    pub(crate) environment: Environment,
+    pub(crate) side: Side,
+    origin: Timestamp,
+    transitions: Arc<Mutex<Vec<(DeviceId, Transition)>>>,
+}
+
+impl Recorder {
+    pub(crate) fn new(environment: Environment, side: Side) -> Self {
+        let origin = environment.clock.now();
+        Self { environment, side, origin, transitions: Arc::default() }
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.environment.clock.now()
+    }
+
+    /// Milliseconds since the session's start on this side.
+    pub(crate) fn at_ms(&self, at: Timestamp) -> f64 {
+        ms(at.since(self.origin))
+    }
+
+    pub(crate) fn emit(&self, event: &Event) {
+        self.environment.observer.event(event);
+    }
+
+    /// An arc that began at `begun` has ended, in `to`.
+    pub(crate) fn arc(&self, device: &DeviceId, from: DeviceState, to: DeviceState, begun: Timestamp) {
+        let took = self.now().since(begun);
+        tracing::debug!(name: "vfio_migration_set_state", device = %device, from = %from, state = %to, took_us = took.as_micros());
+        let transition =
+            Transition { side: self.side, from, to, at_ms: self.at_ms(begun), took_ms: ms(took) };
+        self.emit(&Event::Transition { device: device.clone(), transition: transition.clone() });
+        self.transitions.lock().unwrap_or_else(PoisonError::into_inner).push((device.clone(), transition));
+    }
+
+    /// Every arc of `device`, in order.
+    pub(crate) fn transitions(&self, device: &DeviceId) -> Vec<Transition> {
+        let all = self.transitions.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter(|(id, _)| id == device).map(|(_, t)| t.clone()).collect()
+    }
+}

@@ -1,0 +1,309 @@
+//! The source's half of a device's data: device -> records -> frames -> sink.
+//!
+//! In pre-copy the worker goes on by itself, one step at a time between the calls it gets; after the
+//! stop one call drains the device to its end. No data is copied between the device's read and the
+//! sink: the device reads into the frame.
+
+use super::held::{Idle, Saving};
+use super::recorder::Recorder;
+use super::sink::{ChunkSink, SinkClosed, StreamFault};
+use super::worker::Step;
+use crate::control::DeviceGauges;
+use airlift_core::{DeviceError, DeviceErrorKind, DeviceState, Piece, PrecopyInfo, TransitionError};
+use airlift_stream::{FrameBuf, RecordEncoder, StreamTotals};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Read at once while the guest runs: its own accesses to the device wait behind a read.
+const PRECOPY_READ: usize = 256 << 10;
+
+/// How long a device that had nothing is left alone. A poll of the data fd cannot replace it: most
+/// drivers do not implement one (V2-ENOMSG).
+const DRAINED_WAIT: Duration = Duration::from_millis(10);
+
+/// How long a worker waits for room before it looks for calls.
+const ROOM_WAIT: Duration = Duration::from_millis(2);
+
+/// How long the last data waits for room at a time; between waits the way's end is noticed.
+const DRAIN_WAIT: Duration = Duration::from_millis(100);
+
+/// What is known of a device that is being saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SaveStatus {
+    /// Initial bytes left; `None` when the device cannot say.
+    pub initial_left: Option<u64>,
+    /// Dirty bytes left; `None` when the device cannot say.
+    pub dirty_left: Option<u64>,
+    /// What STOP_COPY would give, as the device estimates it.
+    pub stop_copy_size: Option<u64>,
+    /// Initial bytes as announced when saving began.
+    pub initial_bytes: u64,
+    /// Bytes of device data sent in PRE_COPY.
+    pub precopy_bytes: u64,
+    /// Bytes of device data sent in STOP_COPY.
+    pub stop_copy_bytes: u64,
+    /// Generations of initial data that the device has announced.
+    pub generation: u32,
+    /// The newest generation whose end was sent; the other side acknowledges it.
+    pub sent_generation: u32,
+    /// The device had nothing at the last look.
+    pub drained: bool,
+}
+
+impl SaveStatus {
+    /// Bytes that a stop now would leave to move, by what the device says (V2-ESTIMATE).
+    #[must_use]
+    pub fn bytes_left(&self) -> u64 {
+        let precopy = self.initial_left.unwrap_or(0).saturating_add(self.dirty_left.unwrap_or(0));
+        // A stop-copy estimate of some drivers counts what pre-copy has given; what is left in
+        // pre-copy is the better one where the device says it and gives initial data at all.
+        match (self.stop_copy_size, self.initial_left) {
+            (Some(size), None) => size,
+            (Some(size), Some(_)) => size.max(precopy),
+            (None, _) => precopy,
+        }
+    }
+}
+
+/// One device's stream on its way out.
+pub(super) struct SaveStream {
+    index: u32,
+    sink: Arc<dyn ChunkSink>,
+    encoder: RecordEncoder,
+    // Taken from the sink and not used yet: its room stays taken.
+    spare: Option<FrameBuf>,
+    streaming: bool,
+    reinit_pending: bool,
+    status: Arc<Mutex<SaveStatus>>,
+    gauges: Arc<crate::control::Gauges>,
+}
+
+/// A device with the stream it is saved into.
+pub(super) struct Outgoing {
+    pub(super) saving: Saving,
+    pub(super) stream: SaveStream,
+}
+
+impl SaveStream {
+    pub(super) fn new(
+        index: u32,
+        sink: Arc<dyn ChunkSink>,
+        status: Arc<Mutex<SaveStatus>>,
+        gauges: Arc<crate::control::Gauges>,
+    ) -> Self {
+        Self {
+            index,
+            sink,
+            encoder: RecordEncoder::new(index),
+            spare: None,
+            streaming: false,
+            reinit_pending: false,
+            status,
+            gauges,
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut SaveStatus)) {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut status);
+        if let Some(gauge) = self.gauge() {
+            gauge.bytes.store(status.precopy_bytes + status.stop_copy_bytes, Ordering::Relaxed);
+            gauge.initial.store(status.initial_left.unwrap_or(0), Ordering::Relaxed);
+            gauge.dirty.store(status.dirty_left.unwrap_or(0), Ordering::Relaxed);
+        }
+    }
+
+    fn gauge(&self) -> Option<&DeviceGauges> {
+        self.gauges.devices.get(usize::try_from(self.index).ok()?)
+    }
+
+    fn buffer(&mut self, wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
+        match self.spare.take() {
+            Some(buffer) => Ok(Some(buffer)),
+            None => self.sink.buffer(self.index, wait),
+        }
+    }
+
+    /// A buffer, however long it takes: the way's closing ends the wait.
+    fn buffer_surely(&mut self) -> Result<FrameBuf, SinkClosed> {
+        loop {
+            if let Some(mut buffer) = self.buffer(DRAIN_WAIT)? {
+                buffer.clear();
+                return Ok(buffer);
+            }
+        }
+    }
+
+    pub(super) fn setup(&mut self) -> Result<(), StreamFault> {
+        let mut buffer = self.buffer_surely()?;
+        self.encoder.setup(&mut buffer)?;
+        Ok(self.sink.send(self.index, buffer)?)
+    }
+}
+
+impl Outgoing {
+    /// Opens the session of a device that enters PRE_COPY; it streams by itself from now on.
+    pub(super) fn begin(
+        idle: Idle,
+        stream: SaveStream,
+        recorder: &Recorder,
+    ) -> Result<Self, Box<(Idle, StreamFault)>> {
+        let saving = idle
+            .save(DeviceState::PreCopy, recorder)
+            .map_err(|refused| Box::new((refused.0, StreamFault::Transition(Box::new(refused.1)))))?;
+        let mut outgoing = Self { saving, stream };
+        let first = outgoing.stream.setup().and_then(|()| Ok(outgoing.saving.session.precopy_info()?));
+        match first {
+            Ok(info) => {
+                outgoing.stream.update(|status| {
+                    status.generation = 1;
+                    status.initial_left = info.map(|i| i.initial_bytes);
+                    status.dirty_left = info.map(|i| i.dirty_bytes);
+                    status.initial_bytes = info.map_or(0, |i| i.initial_bytes);
+                });
+                outgoing.stream.streaming = true;
+                Ok(outgoing)
+            }
+            Err(fault) => Err(Box::new((outgoing.saving.close(), fault))),
+        }
+    }
+
+    /// Opens the session of a device that has no PRE_COPY, at the stop.
+    pub(super) fn begin_stopped(
+        idle: Idle,
+        mut stream: SaveStream,
+        recorder: &Recorder,
+    ) -> Result<Self, Box<(Idle, StreamFault)>> {
+        // Room is taken before the arc: what can wait for the other side does not wait in between.
+        if let Err(fault) = stream.setup() {
+            return Err(Box::new((idle, fault)));
+        }
+        match idle.save(DeviceState::StopCopy, recorder) {
+            Ok(saving) => Ok(Self { saving, stream }),
+            Err(refused) => Err(Box::new((refused.0, StreamFault::Transition(Box::new(refused.1))))),
+        }
+    }
+
+    /// One step of pre-copy.
+    pub(super) fn step(&mut self) -> Result<Step, StreamFault> {
+        if !self.stream.streaming {
+            return Ok(Step::Parked);
+        }
+        let Some(mut buffer) = self.stream.buffer(ROOM_WAIT)? else {
+            return Ok(Step::Again);
+        };
+        buffer.clear();
+        let limit = PRECOPY_READ.min(buffer.capacity());
+        match self.saving.session.read(&mut buffer.payload_mut()[..limit])? {
+            Piece::Data { len, chunk } => {
+                self.stream.encoder.data(&mut buffer, len, chunk)?;
+                self.stream.sink.send(self.stream.index, buffer)?;
+                tracing::trace!(name: "vfio_save_buffer", device = %self.saving.device.id(), data_size = len);
+                self.stream.update(|status| {
+                    let len = len as u64;
+                    status.precopy_bytes += len;
+                    status.drained = false;
+                    // Between two looks at the device the counts are carried on.
+                    let initial = status.initial_left.unwrap_or(0);
+                    status.initial_left = status.initial_left.map(|left| left.saturating_sub(len));
+                    let rest = len.saturating_sub(initial);
+                    status.dirty_left = status.dirty_left.map(|left| left.saturating_sub(rest));
+                });
+                Ok(Step::Again)
+            }
+            // A server that ends pre-copy early has nothing now; the end belongs to STOP_COPY.
+            Piece::Drained | Piece::End => {
+                self.stream.spare = Some(buffer);
+                let info = self.look()?;
+                let more = info.is_some_and(|i| i.initial_bytes > 0 || i.dirty_bytes > 0);
+                Ok(if more { Step::Again } else { Step::Wait(DRAINED_WAIT) })
+            }
+        }
+    }
+
+    /// Asks the device what it has left, and closes a generation of initial data that is complete.
+    fn look(&mut self) -> Result<Option<PrecopyInfo>, StreamFault> {
+        let info = self.saving.session.precopy_info()?;
+        let size = self.saving.device.stop_copy_size()?;
+        if info.is_some_and(|i| i.reinit) && !self.stream.reinit_pending {
+            self.stream.reinit_pending = true;
+            self.stream.update(|status| status.generation += 1);
+        }
+        self.stream.update(|status| {
+            status.initial_left = info.map(|i| i.initial_bytes);
+            status.dirty_left = info.map(|i| i.dirty_bytes);
+            status.stop_copy_size = size;
+            status.drained = true;
+        });
+        tracing::trace!(name: "vfio_state_pending_exact", device = %self.saving.device.id(),
+            stopcopy_size = size, precopy_init_size = info.map(|i| i.initial_bytes), precopy_dirty_size = info.map(|i| i.dirty_bytes));
+        let status = *self.stream.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let complete = info.is_none_or(|i| i.initial_bytes == 0);
+        if complete && status.sent_generation < status.generation {
+            let mut buffer = self.stream.buffer_surely()?;
+            let generation = self.stream.encoder.init_data_sent(&mut buffer)?;
+            self.stream.sink.send(self.stream.index, buffer)?;
+            self.stream.reinit_pending = false;
+            self.stream.update(|status| status.sent_generation = generation);
+        }
+        Ok(info)
+    }
+
+    /// To the P2P state of PRE_COPY; streaming ends. Gives what pre-copy still has, read once more:
+    /// a REINIT can have come late.
+    pub(super) fn quiesce_p2p(&mut self, recorder: &Recorder) -> Result<(), TransitionError> {
+        self.stream.streaming = false;
+        self.saving.walk(DeviceState::PreCopyP2p, recorder)
+    }
+
+    /// What pre-copy has, now that nothing streams; `true` when new initial data was announced.
+    pub(super) fn late_reinit(&mut self) -> Result<bool, StreamFault> {
+        let info = self.saving.session.precopy_info()?;
+        Ok(info.is_some_and(|i| i.reinit) && !self.stream.reinit_pending)
+    }
+
+    /// To STOP_COPY.
+    pub(super) fn stop(&mut self, recorder: &Recorder) -> Result<(), TransitionError> {
+        self.stream.streaming = false;
+        self.saving.walk(DeviceState::StopCopy, recorder)
+    }
+
+    /// Reads the device to its end and closes the stream, with the device's configuration if it has one.
+    pub(super) fn drain(&mut self, config: Option<&[u8]>) -> Result<StreamTotals, StreamFault> {
+        loop {
+            let mut buffer = self.stream.buffer_surely()?;
+            match self.saving.session.read(buffer.payload_mut())? {
+                Piece::Data { len, chunk } => {
+                    self.stream.encoder.data(&mut buffer, len, chunk)?;
+                    self.stream.sink.send(self.stream.index, buffer)?;
+                    self.stream.update(|status| status.stop_copy_bytes += len as u64);
+                }
+                Piece::End => {
+                    self.stream.spare = Some(buffer);
+                    break;
+                }
+                Piece::Drained => {
+                    return Err(StreamFault::Device(DeviceError::new(
+                        DeviceErrorKind::Protocol,
+                        "read in STOP_COPY",
+                        "the device says that it has nothing now, which STOP_COPY does not know (V2-ENOMSG)",
+                    )));
+                }
+            }
+        }
+        let mut buffer = self.stream.buffer_surely()?;
+        match config {
+            Some(config) => self.stream.encoder.config(&mut buffer, config)?,
+            None => self.stream.encoder.end(&mut buffer)?,
+        }
+        self.stream.sink.send(self.stream.index, buffer)?;
+        tracing::debug!(name: "vfio_save_complete_precopy", device = %self.saving.device.id());
+        Ok(self.stream.encoder.totals().clone())
+    }
+
+    /// Ends the session.
+    pub(super) fn close(self) -> Idle {
+        self.saving.close()
+    }
+}

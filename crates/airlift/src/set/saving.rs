@@ -1,0 +1,399 @@
+//! The source's phases of a set: saving while running, stopped, drained.
+
+use super::members::{Members, SetError};
+use super::save::{Outgoing, SaveStatus, SaveStream};
+use super::sink::{ChunkSink, SetEvent, StreamFault};
+use super::worker::{Answer, Held, NoAnswer, Post, misuse};
+use super::{DeviceSet, FailedSet, RolledBack, reports, roll_back};
+use crate::report::DeviceReport;
+use airlift_core::{DeviceId, DeviceState, PeerDma, QuiescePlan, ResetPolicy, StageKind};
+use airlift_stream::StreamTotals;
+use crossbeam_channel::Receiver;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+impl DeviceSet {
+    /// Takes every running device that can to PRE_COPY, at the same time; from then on the devices'
+    /// workers send their data to `sink` by themselves. Devices without PRE_COPY run on untouched.
+    ///
+    /// # Errors
+    /// When a device fails; [`FailedSet::roll_back`] brings all back.
+    pub fn start_saving(
+        mut self,
+        sink: &Arc<dyn ChunkSink>,
+        deadline: Duration,
+    ) -> Result<SavingSet, Box<FailedSet>> {
+        let states = self.members.states(deadline);
+        let states = match self.members.all_ok(states) {
+            Ok(states) => states,
+            Err(error) => return Err(FailedSet::new(self.members, error)),
+        };
+        for (index, state) in &states {
+            self.members.ran_before[*index] = state.is_live();
+        }
+        let which = self.members.present();
+        let gauges = Arc::clone(&self.members.gauges);
+        let precopy: Vec<bool> =
+            (0..self.members.len()).map(|i| self.members.capabilities(i).precopy()).collect();
+        let answers = self.members.ask(&which, deadline, |index| {
+            let sink = Arc::clone(sink);
+            let gauges = Arc::clone(&gauges);
+            let precopy = precopy[index];
+            move |post: &mut Post| post.begin_saving(sink, gauges, precopy)
+        });
+        match self.members.all_ok(answers) {
+            Ok(_) => Ok(SavingSet { members: self.members }),
+            Err(error) => Err(FailedSet::new(self.members, error)),
+        }
+    }
+}
+
+impl Post {
+    fn begin_saving(
+        &mut self,
+        sink: Arc<dyn ChunkSink>,
+        gauges: Arc<crate::control::Gauges>,
+        precopy: bool,
+    ) -> Result<(), StreamFault> {
+        let stream = SaveStream::new(self.index, sink, Arc::clone(&self.status), gauges);
+        let running = self.state()? == DeviceState::Running;
+        if !(precopy && running) {
+            let size = self.device()?.stop_copy_size()?;
+            self.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner).stop_copy_size = size;
+            self.waiting = Some(stream);
+            return Ok(());
+        }
+        let Held::Idle(idle) = std::mem::replace(&mut self.held, Held::Gone) else {
+            return Err(StreamFault::Device(misuse("the device has a session already")));
+        };
+        match Outgoing::begin(idle, stream, &self.recorder) {
+            Ok(outgoing) => {
+                self.held = Held::Saving(Box::new(outgoing));
+                self.note(DeviceState::PreCopy);
+                Ok(())
+            }
+            Err(refused) => {
+                let (idle, fault) = *refused;
+                self.held = Held::Idle(idle);
+                Err(fault)
+            }
+        }
+    }
+
+    fn quiesce_p2p(&mut self, target: DeviceState) -> Result<(), StreamFault> {
+        let recorder = self.recorder.clone();
+        match &mut self.held {
+            Held::Saving(outgoing) => {
+                outgoing.quiesce_p2p(&recorder).map_err(|error| StreamFault::Transition(Box::new(error)))?
+            }
+            _ => self.walk(target)?,
+        }
+        self.note(target);
+        Ok(())
+    }
+
+    fn late_reinit(&mut self) -> Result<bool, StreamFault> {
+        match &mut self.held {
+            Held::Saving(outgoing) => outgoing.late_reinit(),
+            _ => Ok(false),
+        }
+    }
+
+    fn stop(&mut self) -> Result<(), StreamFault> {
+        let recorder = self.recorder.clone();
+        self.held = match std::mem::replace(&mut self.held, Held::Gone) {
+            Held::Saving(mut outgoing) => {
+                let result = outgoing.stop(&recorder);
+                self.held = Held::Saving(outgoing);
+                result.map_err(|error| StreamFault::Transition(Box::new(error)))?;
+                self.note(DeviceState::StopCopy);
+                return Ok(());
+            }
+            Held::Idle(idle) => {
+                let Some(stream) = self.waiting.take() else {
+                    self.held = Held::Idle(idle);
+                    return Err(StreamFault::Device(misuse("saving has not begun")));
+                };
+                match Outgoing::begin_stopped(idle, stream, &recorder) {
+                    Ok(outgoing) => Held::Saving(Box::new(outgoing)),
+                    Err(refused) => {
+                        let (idle, fault) = *refused;
+                        self.held = Held::Idle(idle);
+                        return Err(fault);
+                    }
+                }
+            }
+            other => {
+                self.held = other;
+                return Err(StreamFault::Device(misuse("the device is not being saved")));
+            }
+        };
+        self.note(DeviceState::StopCopy);
+        Ok(())
+    }
+
+    fn drain(&mut self, config: Option<&[u8]>) -> Result<StreamTotals, StreamFault> {
+        match &mut self.held {
+            Held::Saving(outgoing) => outgoing.drain(config),
+            _ => Err(StreamFault::Device(misuse("the device is not being saved"))),
+        }
+    }
+}
+
+/// How devices are stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quiesce {
+    /// Whether devices may write to each other.
+    pub peer_dma: PeerDma,
+    /// Leave out the step through P2P; see [`TestOptions`](crate::TestOptions).
+    pub skip_p2p: bool,
+}
+
+/// Devices of which those with PRE_COPY are in it and send what they have; all run.
+pub struct SavingSet {
+    members: Members,
+}
+
+impl fmt::Debug for SavingSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SavingSet").field("devices", &self.members.ids()).finish_non_exhaustive()
+    }
+}
+
+impl SavingSet {
+    /// What is known of each device, in order.
+    #[must_use]
+    pub fn status(&self) -> Vec<SaveStatus> {
+        (0..self.members.len()).map(|i| self.members.save_status(i)).collect()
+    }
+
+    /// The devices' names, in order.
+    #[must_use]
+    pub fn ids(&self) -> &[DeviceId] {
+        self.members.ids()
+    }
+
+    /// What workers find by themselves: [`SetEvent::Failed`].
+    #[must_use]
+    pub fn events(&self) -> Receiver<SetEvent> {
+        self.members.events.clone()
+    }
+
+    /// Stops all devices: all to P2P, a barrier, then all to STOP_COPY (I14). The vCPUs must have
+    /// been paused and access to devices closed.
+    ///
+    /// Gives the stopped set and the devices that announced new initial data too late
+    /// (V2-REINIT): their switchover may be slower than estimated.
+    ///
+    /// # Errors
+    /// When the devices cannot be stopped together, or one fails.
+    pub fn quiesce(
+        mut self,
+        how: Quiesce,
+        deadline: Duration,
+    ) -> Result<(StoppedSet, Vec<DeviceId>), Box<FailedSet>> {
+        match self.stop_in_order(how, deadline) {
+            Ok(late) => Ok((StoppedSet { members: self.members }, late)),
+            Err(error) => Err(FailedSet::new(self.members, error)),
+        }
+    }
+
+    fn stop_in_order(&mut self, how: Quiesce, deadline: Duration) -> Result<Vec<DeviceId>, SetError> {
+        let devices = self.members.plan_devices(deadline)?;
+        let mut plan = QuiescePlan::new(&devices, how.peer_dma)?;
+        if how.skip_p2p {
+            plan = plan.skip_p2p();
+        }
+        let mut late = Vec::new();
+        for stage in plan.stages() {
+            match stage.kind {
+                StageKind::PeerQuiet => {
+                    self.members
+                        .stage(stage, deadline, |target| move |post: &mut Post| post.quiesce_p2p(target))?;
+                    let which = self.members.present();
+                    let answers = self.members.ask(&which, deadline, |_| Post::late_reinit);
+                    let answers = self.members.all_ok(answers)?;
+                    let ids = self.members.ids();
+                    late.extend(answers.into_iter().filter(|(_, is)| *is).map(|(i, _)| ids[i].clone()));
+                }
+                StageKind::Stop | StageKind::Run | StageKind::Reset => {
+                    self.members.stage(stage, deadline, |_| Post::stop)?;
+                }
+            }
+        }
+        // A device that was in STOP_COPY already has no stage and no session: it was not ours.
+        Ok(late)
+    }
+
+    /// Ends saving: every device back to what it was.
+    #[must_use]
+    pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
+        roll_back(self.members, policy, deadline)
+    }
+
+    /// What every device did so far.
+    #[must_use]
+    pub fn reports(&self) -> Vec<DeviceReport> {
+        reports(&self.members)
+    }
+}
+
+/// Devices in STOP_COPY.
+pub struct StoppedSet {
+    members: Members,
+}
+
+impl fmt::Debug for StoppedSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoppedSet").field("devices", &self.members.ids()).finish_non_exhaustive()
+    }
+}
+
+impl StoppedSet {
+    /// The devices' names, in order.
+    #[must_use]
+    pub fn ids(&self) -> &[DeviceId] {
+        self.members.ids()
+    }
+
+    /// Begins to read every device to its end, at the same time. `configs` are the devices'
+    /// configuration records, by position in the set; a device without one has `None`.
+    #[must_use]
+    pub fn drain(self, configs: Vec<Option<Vec<u8>>>) -> Draining {
+        let mut configs = configs.into_iter();
+        let answers = (0..self.members.len())
+            .map(|index| {
+                let config = configs.next().flatten();
+                let worker = self.members.worker(index);
+                (index, worker.map(|w| w.ask(move |post: &mut Post| post.drain(config.as_deref()))))
+            })
+            .collect();
+        Draining { members: self.members, answers, totals: Vec::new() }
+    }
+
+    /// Every device back to what it was.
+    #[must_use]
+    pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
+        roll_back(self.members, policy, deadline)
+    }
+}
+
+/// Devices whose last data is being read and sent.
+pub struct Draining {
+    members: Members,
+    answers: Vec<(usize, Option<Answer<Result<StreamTotals, StreamFault>>>)>,
+    totals: Vec<StreamTotals>,
+}
+
+impl fmt::Debug for Draining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Draining").field("devices", &self.members.ids()).finish_non_exhaustive()
+    }
+}
+
+impl Draining {
+    /// Waits for at most `wait`. `true`: every device has given everything.
+    ///
+    /// # Errors
+    /// When a device failed.
+    pub fn poll(&mut self, wait: Duration) -> Result<bool, SetError> {
+        let until = Instant::now() + wait;
+        while let Some((index, answer)) = self.answers.get(self.totals.len()) {
+            let device = || self.members.ids()[*index].clone();
+            let lost = |why: &str| SetError::Device {
+                device: device(),
+                fault: StreamFault::Device(airlift_core::DeviceError::new(
+                    airlift_core::DeviceErrorKind::Lost,
+                    "device worker",
+                    why,
+                )),
+            };
+            let Some(answer) = answer else {
+                return Err(lost("it was given up"));
+            };
+            match answer.wait(until) {
+                Ok(Ok(totals)) => self.totals.push(totals),
+                Ok(Err(fault)) => return Err(SetError::Device { device: device(), fault }),
+                Err(NoAnswer::Late) => return Ok(false),
+                Err(NoAnswer::Dead) => return Err(lost("its worker has ended")),
+            }
+        }
+        Ok(true)
+    }
+
+    /// The set, when [`poll`](Self::poll) has said that all is drained.
+    ///
+    /// # Errors
+    /// Gives itself back while a device still drains.
+    pub fn finish(self) -> Result<DrainedSet, Box<Self>> {
+        if self.totals.len() < self.members.len() {
+            return Err(Box::new(self));
+        }
+        Ok(DrainedSet { members: self.members, totals: self.totals })
+    }
+
+    /// Every device back to what it was. The sink must have been closed, so that no worker waits in it.
+    #[must_use]
+    pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
+        roll_back(self.members, policy, deadline)
+    }
+}
+
+/// Devices in STOP_COPY that have given everything.
+pub struct DrainedSet {
+    members: Members,
+    totals: Vec<StreamTotals>,
+}
+
+impl fmt::Debug for DrainedSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DrainedSet").field("devices", &self.members.ids()).finish_non_exhaustive()
+    }
+}
+
+impl DrainedSet {
+    /// What each device's stream held, in order; the other side must have the same (W-TRAILER).
+    #[must_use]
+    pub fn totals(&self) -> &[StreamTotals] {
+        &self.totals
+    }
+
+    /// The guest runs on the other side: STOP_COPY -> STOP, all at the same time. Outside of the
+    /// downtime. A device that fails is reported and given up; nothing depends on it any more.
+    #[must_use]
+    pub fn finish(mut self, deadline: Duration) -> (DeviceSet, Vec<SetError>) {
+        let which = self.members.present();
+        let answers = self.members.ask(&which, deadline, |_| {
+            |post: &mut Post| {
+                post.close_session();
+                post.walk(DeviceState::Stop)
+            }
+        });
+        let mut errors = Vec::new();
+        for (index, answer) in answers {
+            if let Err(fault) = answer.map_err(StreamFault::Device).and_then(|r| r) {
+                errors.push(SetError::Device { device: self.members.ids()[index].clone(), fault });
+            }
+        }
+        (DeviceSet { members: self.members }, errors)
+    }
+
+    /// Every device back to what it was.
+    #[must_use]
+    pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
+        roll_back(self.members, policy, deadline)
+    }
+
+    /// What every device did so far.
+    #[must_use]
+    pub fn reports(&self) -> Vec<DeviceReport> {
+        reports(&self.members)
+    }
+
+    /// Leaves the devices as they are, in STOP_COPY: after COMMIT, when it is in doubt who runs.
+    #[must_use]
+    pub fn hold(self) -> DeviceSet {
+        DeviceSet { members: self.members }
+    }
+}
