@@ -5,7 +5,7 @@ use airlift_core::{Arc as StateArc, DeviceState as S, Errno};
 use airlift_softdevice::registers as reg;
 use airlift_softdevice::{FailArc, SoftDevice, SoftDeviceError, SoftDeviceOptions, SoftEvent};
 use airlift_vfio_user::{Completion, Device, Done};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -15,6 +15,12 @@ struct Alone {
     events: Receiver<SoftEvent>,
 }
 
+fn done(tx: Sender<Completion>) -> Done {
+    Done::new(move |completion| {
+        let _ = tx.send(completion);
+    })
+}
+
 fn small(seed: u64) -> SoftDeviceOptions {
     SoftDeviceOptions { seed, state_size: 100 * 4096, bar2_size: 8192, ..SoftDeviceOptions::default() }
 }
@@ -22,13 +28,16 @@ fn small(seed: u64) -> SoftDeviceOptions {
 impl Alone {
     fn new(options: SoftDeviceOptions) -> Self {
         let (tx, events) = channel();
-        let device = SoftDevice::new(options, move |event| drop(tx.send(event))).expect("a device");
+        let device = SoftDevice::new(options, move |event| {
+            let _ = tx.send(event);
+        })
+        .expect("a device");
         Self { device, events }
     }
 
     fn arc(&mut self, from: S, to: S) -> Completion {
         let (tx, rx) = channel();
-        self.device.transition(StateArc::new(from, to), Done::new(move |c| drop(tx.send(c))));
+        self.device.transition(StateArc::new(from, to), done(tx));
         rx.recv_timeout(DEADLINE).expect("an answer")
     }
 
@@ -94,8 +103,8 @@ impl Alone {
 
 fn saved(seed: u64) -> (Vec<u8>, u64) {
     let mut source = Alone::new(small(seed));
-    source.device.region_write(2, 100, b"what peers wrote").unwrap();
-    source.set(reg::ring_register(1, reg::RING_ENTRIES), 32).unwrap();
+    source.device.region_write(2, 100, b"what peers wrote").expect("BAR2");
+    source.set(reg::ring_register(1, reg::RING_ENTRIES), 32).expect("a register");
     source.stop();
     let digest = source.register(reg::DIGEST);
     (source.save(), digest)
@@ -156,7 +165,7 @@ fn any_byte_that_is_wrong_is_refused() {
         let ended = target.arc(S::Resuming, S::Stop);
         assert_eq!(ended, refused, "byte {place} of {}, writing gave {written:?}", stream.len());
         let (tx, rx) = channel();
-        target.device.reset(Done::new(move |c| drop(tx.send(c))));
+        target.device.reset(done(tx));
         assert_eq!(rx.recv_timeout(DEADLINE).unwrap(), Completion::Ok);
         target.stop();
     }
@@ -229,7 +238,7 @@ fn a_reset_device_is_as_it_was_made() {
     device.walk(&[S::Resuming, S::Stop]);
     assert_ne!(device.register(reg::DIGEST), fresh);
     let (tx, rx) = channel();
-    device.device.reset(Done::new(move |c| drop(tx.send(c))));
+    device.device.reset(done(tx));
     assert_eq!(rx.recv_timeout(DEADLINE).unwrap(), Completion::Ok);
     assert_eq!(device.register(reg::DIGEST), fresh);
     assert_eq!(device.register(reg::VERIFIED), reg::VERIFIED_NEVER);
