@@ -1,0 +1,9 @@
+//! Client and server against each other and against peers that break the rules, over real sockets.
+
+mod common;
+mod data;
+mod dma;
+mod peers;
+mod robust;
+mod serving;
+mod transitions;
