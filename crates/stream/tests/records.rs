@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 use airlift_core::Chunk;
+use airlift_stream::digest::StreamDigest;
 use airlift_stream::frame::{FrameFlags, FrameHeader, FrameType, HEADER_LEN, Limits};
 use airlift_stream::record::{
     Place, RecordDecoder, RecordEncoder, RecordError, RecordEvent, RecordLimits, StreamTotals, Tag,
@@ -183,6 +184,9 @@ proptest! {
             (written.frames(), written.bytes(), written.generation(), written.digest())
         );
         prop_assert_eq!(read.frames(), frames.len() as u64);
+        let mut digest = StreamDigest::new();
+        frames.iter().for_each(|frame| digest.update(split(frame).1));
+        prop_assert_eq!(read.digest(), digest.value());
     }
 
     // Records may begin and end anywhere in frames, their tags and sizes too.
