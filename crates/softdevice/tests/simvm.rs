@@ -1,9 +1,12 @@
 //! SimVm without devices: it runs, it is migrated by hand through [`Machine`], and it notices.
+#![allow(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
 use airlift::machine::{Machine, MachineMemory, MachineRecord, RecordOwner};
+use airlift::vmm::{RemoteVmm, VmmTimeouts, serve};
 use airlift_core::{Errno, GpaRange};
 use airlift_memory::GuestMemory;
 use airlift_softdevice::simvm::{Sabotage, SimMonitor, SimVm, SimVmConfig};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -22,7 +25,7 @@ fn run_for(monitor: &SimMonitor, steps: u64) {
     }
 }
 
-fn engine_memory(vm: &mut SimVm) -> GuestMemory {
+fn engine_memory(vm: &mut dyn Machine) -> GuestMemory {
     let MachineMemory::Engine(memory) = vm.memory().unwrap() else { panic!("not external") };
     memory
 }
@@ -34,16 +37,16 @@ fn copy(from: &GuestMemory, to: &GuestMemory, range: GpaRange) {
 }
 
 /// Migrates by the rules: tracking before the first copy, records before the last sync.
-fn migrate(source: &mut SimVm, destination: &mut SimVm) {
+fn migrate(source: &mut dyn Machine, watch: &SimMonitor, destination: &mut dyn Machine) {
     let (from, to) = (engine_memory(source), engine_memory(destination));
     assert_eq!(source.memory_layout().unwrap(), destination.memory_layout().unwrap());
     source.start_dirty().unwrap();
     for region in source.memory_layout().unwrap().regions {
         copy(&from, &to, GpaRange { start: region.gpa, length: region.size });
     }
-    run_for(&source.monitor(), 500);
+    run_for(watch, 500);
     source.sync_dirty(&mut |range| copy(&from, &to, range)).unwrap();
-    run_for(&source.monitor(), 100);
+    run_for(watch, 100);
     source.pause().unwrap();
     source.close_device_access().unwrap();
     assert!(source.drain_interrupts().unwrap().is_empty());
@@ -59,6 +62,11 @@ fn migrate(source: &mut SimVm, destination: &mut SimVm) {
     destination.resume().unwrap();
 }
 
+fn moved(source: &mut SimVm, destination: &mut SimVm) {
+    let watch = source.monitor();
+    migrate(source, &watch, destination);
+}
+
 fn pair() -> (SimVm, SimVm) {
     let mut source = SimVm::new(config(false)).unwrap();
     source.resume().unwrap();
@@ -69,7 +77,7 @@ fn pair() -> (SimVm, SimVm) {
 #[test]
 fn a_guest_that_was_moved_whole_is_clean_and_never_ran_twice() {
     let (mut source, mut destination) = pair();
-    migrate(&mut source, &mut destination);
+    moved(&mut source, &mut destination);
     let monitor = destination.monitor();
     run_for(&monitor, 2000);
     let report = monitor.check(Instant::now() + LONG);
@@ -88,12 +96,34 @@ fn a_guest_that_was_moved_whole_is_clean_and_never_ran_twice() {
 }
 
 #[test]
+fn two_machines_behind_sockets_are_moved_alike() {
+    let (source, destination) = pair();
+    let (watch, monitor) = (source.monitor(), destination.monitor());
+    let remote = |mut vm: SimVm| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let thread = std::thread::spawn(move || (serve(&mut vm, theirs, "simvm"), vm));
+        (RemoteVmm::greet(ours, "test", VmmTimeouts::default()).unwrap(), thread)
+    };
+    let ((mut source, here), (mut destination, there)) = (remote(source), remote(destination));
+    migrate(&mut source, &watch, &mut destination);
+    run_for(&monitor, 1000);
+    assert!(destination.running().unwrap() && !source.running().unwrap());
+    source.migration_ended("completed").unwrap();
+    drop((source, destination));
+    let (_, _source) = here.join().unwrap();
+    let (_, _destination) = there.join().unwrap();
+    let report = monitor.check(Instant::now() + LONG);
+    assert!(report.is_clean() && report.running, "the guest outlives the migration process: {report:?}");
+    assert_eq!(watch.report().last_outcome.as_deref(), Some("completed"));
+}
+
+#[test]
 fn a_page_that_was_not_reported_as_dirty_is_seen() {
     let (mut source, _) = pair();
     // Its vCPUs write nothing, or they would come to the page again and mend it.
     let mut destination = SimVm::new(SimVmConfig { write_rate: 0, ..config(true) }).unwrap();
     source.monitor().sabotage(Sabotage::LoseDirtyPage).unwrap();
-    migrate(&mut source, &mut destination);
+    moved(&mut source, &mut destination);
     let report = destination.monitor().check(Instant::now() + LONG);
     assert_eq!((report.memory_verified, report.memory_bad_pages), (Some(false), 1));
     assert!(!report.is_clean());
@@ -102,12 +132,12 @@ fn a_page_that_was_not_reported_as_dirty_is_seen() {
 #[test]
 fn a_write_of_a_record_that_was_lost_is_a_gap() {
     let (mut source, mut destination) = pair();
-    migrate(&mut source, &mut destination);
+    moved(&mut source, &mut destination);
     assert_eq!(destination.monitor().report().record_mismatches, 0);
 
     let (mut source, mut destination) = pair();
     source.monitor().sabotage(Sabotage::LosePvclockPage).unwrap();
-    migrate(&mut source, &mut destination);
+    moved(&mut source, &mut destination);
     let report = destination.monitor().report();
     assert_eq!((report.record_mismatches, report.sequence_gaps), (1, 1));
 }
@@ -137,7 +167,7 @@ fn a_rollback_leaves_a_clean_guest_that_can_be_moved_again() {
     source.stop_dirty().unwrap();
     assert!(source.running().unwrap());
     let mut destination = SimVm::new(config(true)).unwrap();
-    migrate(&mut source, &mut destination);
+    moved(&mut source, &mut destination);
     let report = destination.monitor().check(Instant::now() + LONG);
     assert!(report.is_clean(), "{report:?}");
     assert_eq!(source.monitor().report().run_intervals.len(), 2);

@@ -18,8 +18,6 @@ const BAR0: u32 = 0;
 const BAR2: u32 = 2;
 /// How long a device may take to answer a register access. Below the time that a pause may take.
 const ANSWER_TIME: Duration = Duration::from_secs(8);
-/// Most vectors that a device of this machine may have.
-const MAX_VECTORS: u32 = 64;
 
 /// One device of the machine.
 #[derive(Debug)]
@@ -55,8 +53,9 @@ impl Port {
         }
         let (bar2_file, bar2_offset, bar2) = map_bar2(&client).map_err(|why| failed("map BAR2", why))?;
         let count = client.irq_info(MSIX).map_err(|e| failed("interrupts", e.to_string()))?.count;
-        if count == 0 || count > MAX_VECTORS {
-            return Err(failed("interrupts", format!("{count} vectors, 1 to {MAX_VECTORS} can be used")));
+        let most = reg::MAX_VECTORS;
+        if count == 0 || usize::try_from(count).is_ok_and(|count| count > most) {
+            return Err(failed("interrupts", format!("{count} vectors, 1 to {most} can be used")));
         }
         let vectors = Vectors::new(count).map_err(|source| SimVmError::System { what: "eventfd", source })?;
         for (region, file) in memory.layout().regions.iter().zip(&memory.files) {
@@ -93,6 +92,13 @@ impl Port {
     /// Reads a register; `None` when the device does not answer.
     pub(super) fn read(&self, offset: u64) -> Option<u64> {
         self.with(|client| read_u64(client, offset)).ok()
+    }
+
+    /// Interrupts raised of each vector, all at one moment.
+    pub(super) fn raised(&self) -> Option<Vec<u64>> {
+        let mut words = vec![0; self.vectors.count().min(reg::MAX_VECTORS) * 8];
+        self.with(|client| client.region_read(BAR0, reg::RAISED_BASE, &mut words)).ok()?;
+        Some(words.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
     }
 
     /// Writes a register.

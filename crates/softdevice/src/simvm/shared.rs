@@ -2,7 +2,7 @@
 
 use super::clock::RunLog;
 use super::config::SimVmConfig;
-use super::content::{PAGE_BYTES, mix};
+use super::content::{PAGE, mix};
 use super::driver::{GuestRing, RingCounters};
 use super::gate::Gate;
 use super::layout::{PVCLOCK_PAGE, bar_address};
@@ -254,7 +254,7 @@ impl Shared {
 
     /// Whether the pvclock's page is that of its last save.
     pub(super) fn pvclock_agrees(&self, saves: u64) -> Result<bool, MemoryError> {
-        let mut content = [0; PAGE_BYTES as usize];
+        let mut content = [0; PAGE];
         self.memory.read_page(PVCLOCK_PAGE, &mut content)?;
         let words = self.pvclock_words(saves);
         let found = content.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w)).take(words.len());
