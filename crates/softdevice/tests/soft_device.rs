@@ -12,7 +12,7 @@ use std::os::unix::net::UnixListener;
 
 /// Guest memory as the engine would have moved it.
 fn move_memory(from: &Host, to: &Host) {
-    from.guest.copy_to(0, &to.guest, 0, MEMORY).unwrap();
+    from.guest.copy_to(0, &to.guest, 0, MEMORY).expect("guest memory");
 }
 
 #[test]
