@@ -13,16 +13,16 @@ use airlift_vfio_user::{
     PciIds, RegionDescription, Saver, Server, ServerOptions,
 };
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 const MSIX: u32 = 2;
 
 #[derive(Default)]
-struct Counter {
+pub(crate) struct Counter {
     value: u64,
     client: Option<Attachment>,
     /// What a loader has taken; it becomes the value when RESUMING ends.
-    incoming: Arc<Mutex<Vec<u8>>>,
+    incoming: Option<Receiver<Vec<u8>>>,
 }
 
 impl Device for Counter {
@@ -87,8 +87,8 @@ impl Device for Counter {
     fn transition(&mut self, arc: StateArc, done: Done) {
         if arc.from == DeviceState::Resuming {
             // The place to validate: what is refused here makes the migration go back.
-            let bytes = std::mem::take(&mut *self.incoming.lock().unwrap());
-            match <[u8; 8]>::try_from(bytes) {
+            let taken: Vec<u8> = self.incoming.take().iter().flatten().flatten().collect();
+            match <[u8; 8]>::try_from(taken) {
                 Ok(bytes) => self.value = u64::from_le_bytes(bytes),
                 Err(_) => return done.failed(Errno::EINVAL, DeviceState::Resuming),
             }
@@ -101,8 +101,9 @@ impl Device for Counter {
     }
 
     fn loader(&mut self) -> Result<Box<dyn Loader>, Errno> {
-        self.incoming.lock().unwrap().clear();
-        Ok(Box::new(Load(Arc::clone(&self.incoming))))
+        let (sender, receiver) = channel();
+        self.incoming = Some(receiver);
+        Ok(Box::new(Load { left: 8, to: sender }))
     }
 }
 
@@ -125,16 +126,15 @@ impl Saver for Save {
     }
 }
 
-struct Load(Arc<Mutex<Vec<u8>>>);
+struct Load {
+    left: usize,
+    to: Sender<Vec<u8>>,
+}
 
 impl Loader for Load {
     fn write(&mut self, data: &[u8]) -> Result<(), Errno> {
-        let mut incoming = self.0.lock().unwrap();
-        if incoming.len() + data.len() > 8 {
-            return Err(Errno::ENOSPC);
-        }
-        incoming.extend(data);
-        Ok(())
+        self.left = self.left.checked_sub(data.len()).ok_or(Errno::ENOSPC)?;
+        self.to.send(data.to_vec()).map_err(|_| Errno::EIO)
     }
 }
 

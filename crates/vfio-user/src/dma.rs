@@ -260,11 +260,11 @@ impl Dma {
     ) -> Result<(), DmaError> {
         let mut done = 0;
         while done < length {
-            let at = iova.checked_add(wide(done)).ok_or(unmapped(iova, wide(length)))?;
+            let at = iova.checked_add(wide(done)).ok_or_else(|| unmapped(iova, wide(length)))?;
             let room = {
                 let mappings = read_lock(&self.0.mappings);
-                let (&start, entry) = mappings.range(..=at).next_back().ok_or(unmapped(at, 1))?;
-                (start + entry.length).checked_sub(at).filter(|r| *r > 0).ok_or(unmapped(at, 1))?
+                let (&start, entry) = mappings.range(..=at).next_back().ok_or_else(|| unmapped(at, 1))?;
+                (start + entry.length).checked_sub(at).filter(|r| *r > 0).ok_or_else(|| unmapped(at, 1))?
             };
             let part = usize::try_from(room).unwrap_or(usize::MAX).min(length - done);
             let mut guard = self.map(at, wide(part), access)?;
@@ -399,8 +399,8 @@ fn find(
     length: u64,
     access: DmaAccess,
 ) -> Result<(u64, &Entry), DmaError> {
-    let end = iova.checked_add(length).filter(|_| length > 0).ok_or(unmapped(iova, length))?;
-    let (&start, entry) = mappings.range(..=iova).next_back().ok_or(unmapped(iova, length))?;
+    let end = iova.checked_add(length).filter(|_| length > 0).ok_or_else(|| unmapped(iova, length))?;
+    let (&start, entry) = mappings.range(..=iova).next_back().ok_or_else(|| unmapped(iova, length))?;
     if end > start + entry.length {
         return Err(unmapped(iova, length));
     }

@@ -1,4 +1,5 @@
 //! Descriptors of clients that come and go. A process of its own: it counts what is open.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "it/common.rs"]
 mod common;

@@ -1,4 +1,5 @@
 //! Client and server against each other and against peers that break the rules, over real sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 mod data;

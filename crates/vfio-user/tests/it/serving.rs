@@ -187,7 +187,3 @@ fn the_answer_to_version_is_no_longer_than_the_question() {
     assert_eq!(sample[..4], [0, 0, 2, 0]);
     assert_eq!(ask("", 7), [0, 0, 2, 0]);
 }
-
-#[path = "../../examples/minimal_device.rs"]
-#[allow(dead_code, unused_qualifications, reason = "the example is a program; its device is used here")]
-mod minimal_device;
