@@ -1,0 +1,19 @@
+//! `airlift probe`.
+
+use super::DeviceAddress;
+use crate::units::Span;
+use clap::Args;
+
+/// Says what devices can do for a migration.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ProbeArgs {
+    /// The devices.
+    #[arg(value_name = "vfio-user:PATH", required = true)]
+    pub(crate) devices: Vec<DeviceAddress>,
+    /// How long a device may take to answer.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub(crate) timeout: Span,
+    /// One JSON object per line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

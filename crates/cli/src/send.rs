@@ -1,0 +1,62 @@
+//! `airlift send`.
+
+use crate::args::{SendArgs, StallChoice};
+use crate::engine::{self, Prepared};
+use crate::exit::Exit;
+use crate::json::{ErrorView, Output, ReportView};
+use crate::render;
+use crate::watcher::Ticker;
+use airlift::link::{LinkOptions, UriConnector};
+use airlift::{Source, SourceOptions, StallPolicy, TestOptions};
+use airlift_core::Side;
+use std::sync::Arc;
+
+/// Runs the source's side.
+pub(crate) fn run(args: &SendArgs) -> Exit {
+    let output = Arc::new(Output::new(args.attach.json));
+    match migrate(args, &output) {
+        Ok(report) => {
+            output.event("result", &report.0);
+            output.say(render::report_text(&report.0));
+            report.1
+        }
+        Err(error) => engine::refuse(&output, Side::Source, *error),
+    }
+}
+
+fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), Box<ErrorView>> {
+    let prepared = engine::prepare(&args.attach, Side::Source, output)?;
+    let options = options(args);
+    let connector = UriConnector::new(args.uri.clone(), LinkOptions { insecure: args.attach.insecure });
+    let Prepared { machine, devices, journal, environment, canceller } = prepared;
+    let ids = devices.iter().map(|d| d.device.id().clone()).collect();
+
+    let source = Source::new(machine, devices, Box::new(connector), journal, environment, options);
+    let control = source.control();
+    canceller.arm(control.clone());
+    let ticker = Ticker::start(Arc::clone(output), control, ids)
+        .map_err(|e| Box::new(ErrorView::new(format!("no thread for progress: {e}")).on("source")))?;
+    let ended = source.run();
+    ticker.stop();
+    Ok((ReportView::new("source", &ended.report), Exit::of_report(&ended.report)))
+}
+
+fn options(args: &SendArgs) -> SourceOptions {
+    let sabotage = args.attach.sabotage;
+    SourceOptions {
+        downtime_limit: args.downtime_limit.0,
+        channels: args.channels,
+        stall_policy: match args.on_stall {
+            StallChoice::Wait => StallPolicy::Wait,
+            StallChoice::Force => StallPolicy::Force,
+            StallChoice::Abort => StallPolicy::Abort,
+        },
+        assume_no_peer_dma: args.assume_no_peer_dma,
+        deadlines: engine::deadlines(&args.attach),
+        test: TestOptions {
+            skip_p2p: sabotage == Some(crate::args::Sabotage::SkipP2p),
+            sync_before_records: sabotage == Some(crate::args::Sabotage::SyncBeforeRecords),
+        },
+        ..SourceOptions::default()
+    }
+}
