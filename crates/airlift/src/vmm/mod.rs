@@ -3,7 +3,7 @@
 //! The VMM listens; the migration process connects and asks. One JSON line asks, one line answers,
 //! file descriptors travel beside the lines, and what can be large (guest memory, the dirty bitmap,
 //! machine records) is in memfds and never in JSON. The verbs are the methods of
-//! [`Machine`](crate::machine::Machine), one to one. `docs/vmm-protocol.md` tells it byte by byte.
+//! [`Machine`], one to one. `docs/vmm-protocol.md` tells it byte by byte.
 //!
 //! [`RemoteVmm`] is the migration process's end and is a `Machine`. [`serve`] is the VMM's end for a
 //! VMM in Rust. The order of the verbs is the engine's and is not checked here; the content of

@@ -1,4 +1,4 @@
-//! The VMM's end: answers the requests of one connection out of a [`Machine`](crate::Machine).
+//! The VMM's end: answers the requests of one connection out of a [`Machine`](crate::machine::Machine).
 //!
 //! For a VMM in Rust. It calls the machine on the thread that called [`serve`], one request at a
 //! time. A request that the machine refuses is answered with its error and the connection goes on; a

@@ -153,6 +153,11 @@ impl Driver {
                 ring.forget();
             }
             ours.received = theirs.received;
+            // Left over from a migration to here that was aborted.
+            ours.was_reset = false;
+            for vector in 0..port.vectors.count() {
+                port.vectors.take(vector).map_err(|e| format!("interrupts of {}: {e}", port.id))?;
+            }
         }
         Ok(())
     }
