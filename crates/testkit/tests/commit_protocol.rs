@@ -1,19 +1,20 @@
 //! The commit protocol, explored: never two live sides, never a guest that goes on twice, in doubt
 //! only where the destination may have run and died, and every rule missed when it is left out.
 //!
-//! The bound is two faults at any two moments, beside any loss, repetition, deadline and cancel. With
-//! `AIRLIFT_SIMULATOR_FAULTS=3` it is three (minutes instead of seconds); the floors hold for both.
+//! The bound is three faults at any moments, beside any loss, repetition, deadline and cancel. It takes
+//! some ten seconds a core and 600 MB for each kind of journal. `AIRLIFT_SIMULATOR_FAULTS` sets another
+//! bound; with fewer than three the floors are not asserted.
 
 use airlift_core::commit::Durability;
 use airlift_testkit::simulator::{Breakage, Message, Options, Report, Step, Violation, explore};
 use std::collections::BTreeSet;
 
-const FAULTS: u8 = 2;
+const FAULTS: u8 = 3;
 
 /// What an exploration may not fall below: states, steps, boundaries. A change of the protocol that
 /// makes the space smaller lowers these on purpose, with the reason in the change.
-const FLOOR_PROCESS: [usize; 3] = [470_000, 3_500_000, 2_900];
-const FLOOR_POWER: [usize; 3] = [640_000, 4_600_000, 2_600];
+const FLOOR_PROCESS: [usize; 3] = [1_150_000, 10_400_000, 3_250];
+const FLOOR_POWER: [usize; 3] = [1_700_000, 14_900_000, 3_000];
 
 fn faults() -> u8 {
     std::env::var("AIRLIFT_SIMULATOR_FAULTS")
@@ -48,12 +49,14 @@ fn explored(durability: Durability, floor: [usize; 3]) -> Report {
     assert!(report.violation.is_none(), "{report}");
     let found = [report.states, report.steps, report.boundaries];
     assert!(
-        found.iter().zip(floor).all(|(found, floor)| *found >= floor),
+        faults() < FAULTS || found.iter().zip(floor).all(|(found, floor)| *found >= floor),
         "explored {found:?}, less than {floor:?}"
     );
     report
 }
 
+/// The states that need an operator, all of them. They have one thing in common: as far as anybody can
+/// prove, the destination may have run, and it has died.
 fn expected_kinds() -> BTreeSet<(&'static str, &'static str)> {
     BTreeSet::from([
         ("committed", "may have run and died"),
@@ -73,8 +76,7 @@ fn never_two_sides_with_a_journal_that_survives_the_process() {
 #[test]
 fn never_two_sides_with_a_journal_that_survives_power_loss() {
     let report = explored(Durability::Power, FLOOR_POWER);
-    assert!(kinds(&report).is_subset(&expected_kinds()), "{report}");
-    assert!(kinds(&report).contains(&("committed", "may have run and died")), "{report}");
+    assert_eq!(kinds(&report), expected_kinds());
 }
 
 /// Without faults no state needs anybody: every loss, delay, repetition and cancel is healed by
@@ -95,6 +97,7 @@ fn broken(breakage: Breakage, durability: Durability, faults: u8) -> (Violation,
     report.violation.expect("the exploration misses the rule")
 }
 
+/// C-ABANDONED.
 #[test]
 fn an_abandon_without_a_record_is_caught() {
     let (violation, way) = broken(Breakage::AbandonUnrecorded, Durability::Process, 0);
@@ -102,12 +105,14 @@ fn an_abandon_without_a_record_is_caught() {
     assert!(way.contains(&Step::SayAbandoned));
 }
 
+/// C-COMMIT-HOLD.
 #[test]
 fn a_source_that_resumes_by_itself_is_caught() {
     let (violation, _) = broken(Breakage::ResumeOnTimeout, Durability::Power, 0);
     assert_eq!(violation, Violation::BothLive);
 }
 
+/// C-BOOT.
 #[test]
 fn a_journal_of_another_boot_taken_at_its_word_is_caught() {
     let (violation, way) = broken(Breakage::IgnoreBootId, Durability::Process, 1);
@@ -115,6 +120,7 @@ fn a_journal_of_another_boot_taken_at_its_word_is_caught() {
     assert!(way.iter().any(|step| matches!(step, Step::PowerLoss { .. })));
 }
 
+/// C-COMMIT-DURABLE.
 #[test]
 fn a_commit_sent_ahead_of_its_record_is_caught() {
     let (violation, way) = broken(Breakage::SendBeforeJournal, Durability::Power, 1);
@@ -122,30 +128,35 @@ fn a_commit_sent_ahead_of_its_record_is_caught() {
     assert!(way.contains(&Step::Deliver(Message::Commit)));
 }
 
+/// C-RUN-STARTED.
 #[test]
 fn a_destination_that_runs_ahead_of_its_records_is_caught() {
     let (violation, _) = broken(Breakage::RunBeforeCommitted, Durability::Power, 1);
     assert_eq!(violation, Violation::Forked);
 }
 
+/// C-ABANDONED.
 #[test]
 fn an_abandon_without_a_reset_is_caught() {
     let (violation, _) = broken(Breakage::AbandonWithoutReset, Durability::Process, 1);
     assert_eq!(violation, Violation::BothLive);
 }
 
+/// C-REAPPEND.
 #[test]
 fn a_restart_that_trusts_what_it_reads_back_is_caught() {
     let (violation, _) = broken(Breakage::NoReappend, Durability::Power, 2);
     assert_eq!(violation, Violation::BothLive);
 }
 
+/// C-JOURNAL-SYNC.
 #[test]
 fn an_aborted_that_a_power_loss_takes_is_caught() {
     let (violation, _) = broken(Breakage::AbortedUnsynced, Durability::Process, 2);
     assert_eq!(violation, Violation::Forked);
 }
 
+/// C-INTACT.
 #[test]
 fn a_restart_that_takes_reset_devices_for_loaded_ones_is_caught() {
     let (violation, _) = broken(Breakage::AssumeIntact, Durability::Process, 2);

@@ -184,7 +184,7 @@ const ENDS: [End; 6] =
     [End::LinkLost, End::Timeout, End::Cancel, End::Failed, End::PeerAborts, End::PeerCancels];
 
 /// Before COMMIT whatever happens ends with the source running, and says so only when it does
-/// (F1, F5-F10, F36).
+/// (C-TRUTH, F1, F5-F10, F36).
 #[test]
 fn every_phase_of_the_source_before_commit_ends_with_the_source_running() {
     for phase in SOURCE_PHASES {
@@ -297,6 +297,7 @@ fn each_phase_of_the_source_has_the_deadline_that_was_given_for_it() {
     }
 }
 
+/// C-COMMIT-DURABLE, C-RUN-STARTED: each step waits for its record.
 #[test]
 fn a_migration_that_nothing_disturbs() {
     let mut source = committed_source();
@@ -331,7 +332,7 @@ fn cancel_is_too_late_from_commit_on() {
     assert_eq!(source.cancel(START), CancelAnswer::TooLate { phase: Phase::Commit });
     assert_eq!(tell(&mut source, SourceInput::Appended(RecordKind::Commit)), ["send COMMIT"]);
     assert_eq!(source.cancel(START), CancelAnswer::TooLate { phase: Phase::Commit });
-    // The destination's cancel has crossed COMMIT: it binds nobody.
+    // The destination's cancel has crossed COMMIT: it binds nobody (C-ABORT).
     assert!(tell(&mut source, received(CommitMessage::Cancel)).is_empty());
     assert!(tell(&mut source, received(CommitMessage::Abort(failure(Side::Destination)))).is_empty());
 
@@ -340,6 +341,7 @@ fn cancel_is_too_late_from_commit_on() {
     assert!(destination_actions(&mut destination).is_empty());
 }
 
+/// C-HOLD, C-ABANDONED.
 #[test]
 fn a_destination_that_holds_gives_up_only_with_a_durable_record() {
     for end in ENDS {
@@ -421,7 +423,7 @@ fn a_failed_start_is_abandoned_until_the_vcpus_are_asked_for() {
     assert!(tell_destination(&mut machine, DestinationInput::Reconnected).is_empty());
 }
 
-/// After COMMIT the source holds; only ABANDONED lets it go on, one durable record later (F11, F18).
+/// C-COMMIT-HOLD: after COMMIT the source holds; only ABANDONED lets it go on, one durable record later (F11, F18).
 #[test]
 fn a_committed_source_goes_on_only_when_the_destination_has_abandoned() {
     let mut machine = committed_source();
@@ -452,7 +454,7 @@ fn a_silent_destination_is_asked_again_before_the_source_is_in_doubt() {
     assert_eq!(tell(&mut machine, received(CommitMessage::Running)), ["finish"]);
 }
 
-/// F21: a COMMIT that may be durable or not was at least not sent: a durable ABORTED decides, and
+/// C-COMMIT-FAILED, F21: a COMMIT that may be durable or not was at least not sent: a durable ABORTED decides, and
 /// without it nothing does.
 #[test]
 fn a_commit_that_cannot_be_journalled() {

@@ -4,46 +4,11 @@
 //! durable ABANDONED; after COMMIT it starts the guest, one durable record ahead of each step.
 
 use super::{
-    CancelAnswer, CommitMessage, DestinationVerdict, Doubt, Opened, OutOfOrder, Outcome, Record, RecordKind,
-    SessionId,
+    CancelAnswer, CommitMessage, DestinationDeadlines, DestinationVerdict, Doubt, Opened, OutOfOrder,
+    Outcome, Record, RecordKind, SessionId,
 };
 use crate::{Failure, Phase, Side, Timestamp};
 use std::collections::VecDeque;
-use std::time::Duration;
-
-/// How long the destination waits, phase by phase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DestinationDeadlines {
-    /// For a source.
-    pub listen: Duration,
-    /// For HELLO, the compatibility report and OPENED.
-    pub negotiate: Duration,
-    /// For all data: as long as the source may take for pre-copy and the rest.
-    pub resuming: Duration,
-    /// For all devices to take and validate their state, and for LOADED to become durable.
-    pub load: Duration,
-    /// For COMMIT, after LOADED. When it is over this side abandons.
-    pub hold: Duration,
-    /// From COMMIT until the vCPUs run.
-    pub start: Duration,
-    /// For all devices to be reset and ABANDONED to become durable.
-    pub reset: Duration,
-}
-
-impl Default for DestinationDeadlines {
-    fn default() -> Self {
-        let s = Duration::from_secs;
-        Self {
-            listen: s(3600),
-            negotiate: s(30),
-            resuming: s(4200),
-            load: s(60),
-            hold: s(120),
-            start: s(15),
-            reset: s(30),
-        }
-    }
-}
 
 /// What the destination's engine reports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -105,11 +70,11 @@ enum State {
     Working,
     /// LOADED is being journalled.
     JournalLoaded,
-    /// LOADED is sent.
+    /// LOADED is sent (C-HOLD).
     Hold,
     /// COMMIT has come; COMMITTED is being journalled.
     JournalCommitted,
-    /// RUN_STARTED is being journalled.
+    /// RUN_STARTED is being journalled; nothing has been started (C-RUN-STARTED).
     JournalRunStarted,
     /// The devices are being started.
     StartingDevices,
@@ -121,7 +86,7 @@ enum State {
     Resetting { cause: Box<Failure> },
     /// A device could not be reset. A question by the source is a reason to try again.
     NotReset { cause: Box<Failure> },
-    /// Every device is reset; ABANDONED is being journalled.
+    /// Every device is reset; ABANDONED is being journalled (C-ABANDONED).
     JournalAbandoned { cause: Box<Failure> },
     /// Every device is reset, but ABANDONED is not durable and must not be said. A question by the
     /// source is a reason to try again.
@@ -178,7 +143,7 @@ impl DestinationMachine {
 
     /// A destination whose process was started again, with what its journal says. `intact`: everything
     /// that was loaded is still there and has not moved, devices in STOP and guest memory and records
-    /// alike. What the verdict rests on is made durable again before anything is done on its strength
+    /// alike (C-INTACT). What the verdict rests on is made durable again before anything is done on its strength
     /// (C-REAPPEND).
     #[must_use]
     pub fn restarted(

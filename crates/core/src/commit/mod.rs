@@ -38,18 +38,20 @@
 //! Not checked here: what devices really do. The engine says `RolledBack`, `DevicesReset` or
 //! `DevicesStarted` only after reading the states back.
 
+mod deadlines;
 mod destination;
 mod message;
 mod record;
 mod source;
 mod verdict;
 
-pub use destination::{DestinationAction, DestinationDeadlines, DestinationInput, DestinationMachine};
+pub use deadlines::{DestinationDeadlines, SourceDeadlines};
+pub use destination::{DestinationAction, DestinationInput, DestinationMachine};
 pub use message::CommitMessage;
 pub use record::{
     BootId, Durability, InvalidId, Journal, JournalError, Opened, Record, RecordKind, SessionId,
 };
-pub use source::{SourceAction, SourceDeadlines, SourceInput, SourceMachine};
+pub use source::{SourceAction, SourceInput, SourceMachine};
 pub use verdict::{DestinationVerdict, SourceVerdict, destination_verdict, source_verdict};
 
 use crate::{Failure, Phase};
@@ -57,7 +59,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-/// How a migration ended on one side.
+/// How a migration ended on one side. Published when it is true (C-TRUTH).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
 pub enum Outcome {

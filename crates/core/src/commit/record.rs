@@ -250,3 +250,56 @@ pub trait Journal: Send {
     /// The record is not known to be durable.
     fn append(&mut self, record: &Record) -> Result<(), JournalError>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Phase;
+
+    #[test]
+    fn ids_are_written_as_32_digits_and_read_with_hyphens() {
+        let id: BootId = "0123abcd-0000-0000-0000-00000000000f".parse().unwrap();
+        assert_eq!(id.to_string(), "0123abcd00000000000000000000000f");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        let short = "0".repeat(31);
+        let long = "0".repeat(33);
+        let letters = "g".repeat(32);
+        for refused in ["", "-", short.as_str(), long.as_str(), letters.as_str()] {
+            assert!(refused.parse::<SessionId>().is_err(), "{refused:?}");
+        }
+    }
+
+    /// A journal is read by the process after the one that wrote it: nothing may get lost on the way.
+    #[test]
+    fn every_record_is_read_back_as_it_was_written() {
+        let cause = Box::new(
+            Failure::new(Side::Destination, Phase::Load, "refused")
+                .with_errno(Some(Errno::EINVAL))
+                .in_state(Some(DeviceState::Unknown(9))),
+        );
+        let opened = Opened {
+            session: SessionId(u128::MAX),
+            side: Side::Source,
+            boot: BootId(3),
+            durability: Durability::Power,
+            peer: "tcp:h:1".into(),
+            devices: vec![(DeviceId::new("nic0").unwrap(), DeviceState::Running)],
+        };
+        let records = [
+            Record::Opened(Box::new(opened)),
+            Record::Loaded,
+            Record::Commit,
+            Record::Committed,
+            Record::RunStarted,
+            Record::Running,
+            Record::Abandoned { cause: cause.clone() },
+            Record::RolledBack { cause: cause.clone() },
+            Record::Aborted { cause },
+            Record::Done,
+        ];
+        for record in records {
+            let line = serde_json::to_string(&record).unwrap();
+            assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record, "{line}");
+        }
+    }
+}

@@ -6,57 +6,11 @@
 
 use super::{
     CancelAnswer, CommitMessage, Doubt, Opened, OutOfOrder, Outcome, Record, RecordKind, SessionId,
-    SourceVerdict,
+    SourceDeadlines, SourceVerdict,
 };
 use crate::{Failure, Phase, Side, Timestamp};
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// How long the source waits, phase by phase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SourceDeadlines {
-    /// For a connection.
-    pub connect: Duration,
-    /// For HELLO, the compatibility report and OPENED.
-    pub negotiate: Duration,
-    /// For dirty logging and PRE_COPY.
-    pub setup: Duration,
-    /// For all of pre-copy.
-    pub precopy: Duration,
-    /// From the pause until all devices are in STOP_COPY.
-    pub quiesce: Duration,
-    /// For the rest of all data.
-    pub stop_copy: Duration,
-    /// For LOADED.
-    pub await_loaded: Duration,
-    /// For COMMIT to become durable and RUNNING or ABANDONED to come.
-    pub commit: Duration,
-    /// After COMMIT, for a new connection and its answer, before this side is in doubt.
-    pub reconnect: Duration,
-    /// For all devices to be walked back.
-    pub roll_back: Duration,
-    /// For the devices' last step to STOP and for the closing record.
-    pub finish: Duration,
-}
-
-impl Default for SourceDeadlines {
-    fn default() -> Self {
-        let s = Duration::from_secs;
-        Self {
-            connect: s(10),
-            negotiate: s(30),
-            setup: s(30),
-            precopy: s(3600),
-            quiesce: s(10),
-            stop_copy: s(300),
-            await_loaded: s(60),
-            commit: s(15),
-            reconnect: s(60),
-            roll_back: s(30),
-            finish: s(10),
-        }
-    }
-}
 
 /// What the source's engine reports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -113,7 +67,7 @@ enum State {
     Working,
     /// COMMIT is being journalled. `resumed`: again, after a restart, so that it may have been sent.
     JournalCommit { resumed: bool },
-    /// COMMIT is durable and sent. `reconnecting`: the first deadline is over.
+    /// COMMIT is durable and sent (C-COMMIT-DURABLE, C-COMMIT-HOLD). `reconnecting`: the first deadline is over.
     Committed { reconnecting: bool },
     /// COMMIT could not be journalled; ABORTED must be, before anything runs.
     JournalAborted { cause: Box<Failure> },
@@ -494,7 +448,7 @@ impl SourceMachine {
                 let cause = self.failure("the journal did not take OPENED");
                 self.abort(cause, now);
             }
-            // COMMIT was not sent, so a durable ABORTED still decides (C-F21).
+            // COMMIT was not sent, so a durable ABORTED still decides (C-COMMIT-FAILED).
             (State::JournalCommit { resumed: false }, RecordKind::Commit) => {
                 let cause = self.failure("the journal did not take COMMIT");
                 self.journal_aborted(cause, now);

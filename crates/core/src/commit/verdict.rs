@@ -109,3 +109,104 @@ pub fn destination_verdict(records: &[Record], boot: &BootId) -> DestinationVerd
         DestinationVerdict::NeverRan
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commit::SessionId;
+    use crate::{Failure, Phase};
+
+    const BOOT: BootId = BootId(1);
+    const OTHER: BootId = BootId(2);
+
+    fn journal(side: Side, durability: Durability, kinds: &[RecordKind]) -> Vec<Record> {
+        let cause = || Box::new(Failure::new(side, Phase::Commit, "x"));
+        let opened = Opened {
+            session: SessionId(1),
+            side,
+            boot: BOOT,
+            durability,
+            peer: String::new(),
+            devices: Vec::new(),
+        };
+        let mut records = vec![Record::Opened(Box::new(opened))];
+        records.extend(kinds.iter().map(|kind| match kind {
+            RecordKind::Loaded => Record::Loaded,
+            RecordKind::Commit => Record::Commit,
+            RecordKind::Committed => Record::Committed,
+            RecordKind::RunStarted => Record::RunStarted,
+            RecordKind::Running => Record::Running,
+            RecordKind::Abandoned => Record::Abandoned { cause: cause() },
+            RecordKind::RolledBack => Record::RolledBack { cause: cause() },
+            RecordKind::Aborted => Record::Aborted { cause: cause() },
+            _ => Record::Done,
+        }));
+        records
+    }
+
+    /// C-BOOT.
+    #[test]
+    fn what_a_source_may_conclude() {
+        use RecordKind::{Aborted, Commit, Done, RolledBack};
+        use SourceVerdict as V;
+        let in_doubt = V::InDoubt(Doubt::OtherBoot);
+        // Records; the verdict in the same boot, and after a power loss for either degree.
+        let table: [(&[RecordKind], [SourceVerdict; 3]); 6] = [
+            (&[], [V::RunHere { aborted: false }, in_doubt, V::RunHere { aborted: false }]),
+            (&[Commit], [V::Committed; 3]),
+            (&[Commit, RolledBack], [V::RolledBack; 3]),
+            (&[Aborted], [V::RunHere { aborted: false }; 3]),
+            (&[Commit, Aborted], [V::RunHere { aborted: true }; 3]),
+            (&[Commit, Done], [V::Done; 3]),
+        ];
+        for (kinds, [same, process, power]) in table {
+            let read = |durability, boot| source_verdict(&journal(Side::Source, durability, kinds), &boot);
+            assert_eq!(read(Durability::Process, BOOT), same, "{kinds:?}");
+            assert_eq!(read(Durability::Power, BOOT), same, "{kinds:?}");
+            assert_eq!(read(Durability::Process, OTHER), process, "{kinds:?}");
+            assert_eq!(read(Durability::Power, OTHER), power, "{kinds:?}");
+        }
+    }
+
+    /// C-BOOT, C-MAY-HAVE-RUN.
+    #[test]
+    fn what_a_destination_may_conclude() {
+        use DestinationVerdict as V;
+        use RecordKind::{Abandoned, Committed, Loaded, RunStarted, Running};
+        let in_doubt = V::InDoubt(Doubt::OtherBoot);
+        let table: [(&[RecordKind], [DestinationVerdict; 3]); 8] = [
+            (&[], [V::NeverRan, in_doubt, V::NeverRan]),
+            (&[Loaded], [V::Hold, in_doubt, V::Hold]),
+            (&[Loaded, Committed], [V::Committed, in_doubt, V::Committed]),
+            (&[Loaded, Committed, RunStarted], [V::MayHaveRun { ran: false }; 3]),
+            (&[Loaded, Committed, RunStarted, Running], [V::MayHaveRun { ran: true }; 3]),
+            (&[Abandoned], [V::Abandoned; 3]),
+            (&[Loaded, Abandoned], [V::Abandoned; 3]),
+            (&[Loaded, Committed, RunStarted, Abandoned], [V::Abandoned; 3]),
+        ];
+        for (kinds, [same, process, power]) in table {
+            let read =
+                |durability, boot| destination_verdict(&journal(Side::Destination, durability, kinds), &boot);
+            assert_eq!(read(Durability::Process, BOOT), same, "{kinds:?}");
+            assert_eq!(read(Durability::Power, BOOT), same, "{kinds:?}");
+            assert_eq!(read(Durability::Process, OTHER), process, "{kinds:?}");
+            assert_eq!(read(Durability::Power, OTHER), power, "{kinds:?}");
+        }
+    }
+
+    /// C-MISSING: absence of evidence is not evidence.
+    #[test]
+    fn a_journal_that_is_missing_is_in_doubt() {
+        let missing = SourceVerdict::InDoubt(Doubt::JournalMissing);
+        assert_eq!(source_verdict(&[], &BOOT), missing);
+        assert_eq!(source_verdict(&[Record::Commit], &BOOT), missing);
+        let others = journal(Side::Destination, Durability::Power, &[RecordKind::Abandoned]);
+        assert_eq!(source_verdict(&others, &BOOT), missing);
+
+        let missing = DestinationVerdict::InDoubt(Doubt::JournalMissing);
+        assert_eq!(destination_verdict(&[], &BOOT), missing);
+        assert_eq!(destination_verdict(&[Record::Loaded], &BOOT), missing);
+        let others = journal(Side::Source, Durability::Power, &[]);
+        assert_eq!(destination_verdict(&others, &BOOT), missing);
+    }
+}

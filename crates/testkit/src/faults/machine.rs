@@ -1,9 +1,7 @@
 //! A machine with faults in its memory or in its dirty reports.
 
 use super::LastPageLost;
-use airlift::machine::{
-    Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt,
-};
+use airlift::machine::{Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt};
 use airlift_core::{DeviceId, GpaRange, IovaMap, MemoryLayout};
 use airlift_memory::GuestMemory;
 use std::time::Duration;

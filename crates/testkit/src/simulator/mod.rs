@@ -116,8 +116,29 @@ impl fmt::Display for Report {
 struct Visited {
     before: u32,
     step: Step,
-    kind: Kind,
+    /// Its place in the list of kinds.
+    kind: u16,
     settled: bool,
+}
+
+/// The kinds that were met, each once.
+#[derive(Default)]
+struct Kinds {
+    list: Vec<Kind>,
+    places: FingerprintMap<u16>,
+}
+
+impl Kinds {
+    fn place(&mut self, kind: Kind) -> u16 {
+        *self.places.entry(fingerprint(&kind)).or_insert_with(|| {
+            self.list.push(kind);
+            u16::try_from(self.list.len() - 1).expect("there are fewer kinds than pairs of machine states")
+        })
+    }
+
+    fn at(&self, place: u16) -> Kind {
+        self.list[usize::from(place)]
+    }
 }
 
 /// Explores all states, or up to the first violation.
@@ -126,7 +147,8 @@ pub fn explore(options: &Options) -> Report {
     let mut visited = Vec::new();
     let mut index = FingerprintMap::default();
     let mut edges: Vec<(u32, u32)> = Vec::new();
-    let mut boundaries = HashSet::new();
+    let mut kinds = Kinds::default();
+    let mut boundaries = FingerprintMap::default();
     let mut report = Report::default();
     let mut frontier = Vec::new();
     let mut steps = Vec::new();
@@ -136,7 +158,7 @@ pub fn explore(options: &Options) -> Report {
     visited.push(Visited {
         before: 0,
         step: Step::Reconnected(airlift_core::Side::Source),
-        kind: kind_of(&start),
+        kind: kinds.place(kind_of(&start)),
         settled: start.is_settled(),
     });
     frontier.push((0_u32, start));
@@ -148,7 +170,7 @@ pub fn explore(options: &Options) -> Report {
             world.steps(options.breakage, &mut steps);
             for step in &steps {
                 report.steps += 1;
-                boundaries.insert((*step, kind.source, kind.destination));
+                boundaries.entry(fingerprint(&(*step, kind))).or_insert((*step, kind));
                 let after = match world.after(*step, options.breakage) {
                     Ok(after) => after,
                     Err(violation) => {
@@ -156,7 +178,7 @@ pub fn explore(options: &Options) -> Report {
                         way.push(*step);
                         report.violation = Some((violation, way));
                         report.states = visited.len();
-                        report.boundaries = boundaries.len();
+                        report.boundaries = count(&boundaries, &kinds);
                         return report;
                     }
                 };
@@ -166,7 +188,7 @@ pub fn explore(options: &Options) -> Report {
                     visited.push(Visited {
                         before: from,
                         step: *step,
-                        kind: kind_of(&after),
+                        kind: kinds.place(kind_of(&after)),
                         settled: after.is_settled(),
                     });
                     next.push((fresh, after));
@@ -180,13 +202,22 @@ pub fn explore(options: &Options) -> Report {
     }
 
     report.states = visited.len();
-    report.boundaries = boundaries.len();
+    report.boundaries = count(&boundaries, &kinds);
     let settles = can_settle(&visited, edges);
     for (state, _) in visited.iter().zip(&settles).filter(|(_, settles)| !**settles) {
         report.states_in_doubt += 1;
-        report.in_doubt.insert(state.kind);
+        report.in_doubt.insert(kinds.at(state.kind));
     }
     report
+}
+
+/// Kinds tell devices apart too; boundaries do not.
+fn count(boundaries: &FingerprintMap<(Step, u16)>, kinds: &Kinds) -> usize {
+    let apart: HashSet<_> = boundaries
+        .values()
+        .map(|(step, kind)| (*step, kinds.at(*kind).source, kinds.at(*kind).destination))
+        .collect();
+    apart.len()
 }
 
 fn kind_of(world: &World) -> Kind {

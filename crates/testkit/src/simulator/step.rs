@@ -163,11 +163,11 @@ pub enum Violation {
     Forked,
     /// The destination runs devices or vCPUs that do not hold what was loaded.
     StartedEmpty,
-    /// The source goes on with COMMIT in its journal and neither ROLLED_BACK nor ABORTED durable.
+    /// The source goes on (C-COMMIT-HOLD, C-COMMIT-FAILED) with COMMIT in its journal and neither ROLLED_BACK nor ABORTED durable.
     CommittedSourceRuns,
     /// A message was sent ahead of the record that permits it.
     SaidTooEarly(Message),
-    /// A published outcome is not true.
+    /// A published outcome is not true (C-TRUTH).
     FalseOutcome(Side),
 }
 

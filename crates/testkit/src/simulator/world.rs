@@ -98,8 +98,9 @@ pub(super) struct World {
 impl World {
     /// All is sent: the source is about to await LOADED, the destination loads.
     pub(super) fn new(durability: Durability, faults: u8) -> Self {
-        let mut source = SourceMachine::new(SESSION, no_patience_source(), NOW);
-        let mut destination = DestinationMachine::new(SESSION, no_patience_destination(), NOW);
+        let mut source = SourceMachine::new(SESSION, SourceDeadlines::all(Duration::ZERO), NOW);
+        let mut destination =
+            DestinationMachine::new(SESSION, DestinationDeadlines::all(Duration::ZERO), NOW);
         let opened = |side| {
             Box::new(Opened {
                 session: SESSION,
@@ -601,46 +602,22 @@ impl World {
         match side {
             Side::Source => {
                 let verdict = source_verdict(&records, &boot);
-                self.source_machine = SourceMachine::restarted(SESSION, verdict, no_patience_source(), NOW);
+                self.source_machine =
+                    SourceMachine::restarted(SESSION, verdict, SourceDeadlines::all(Duration::ZERO), NOW);
             }
             Side::Destination => {
                 let verdict = destination_verdict(&records, &boot);
                 let intact = breakage == Breakage::AssumeIntact
                     && matches!(verdict, DestinationVerdict::Hold | DestinationVerdict::Committed)
                     || self.destination.devices == Devices::Stopped;
-                self.destination_machine =
-                    DestinationMachine::restarted(SESSION, verdict, intact, no_patience_destination(), NOW);
+                self.destination_machine = DestinationMachine::restarted(
+                    SESSION,
+                    verdict,
+                    intact,
+                    DestinationDeadlines::all(Duration::ZERO),
+                    NOW,
+                );
             }
         }
-    }
-}
-
-fn no_patience_source() -> SourceDeadlines {
-    let zero = Duration::ZERO;
-    SourceDeadlines {
-        connect: zero,
-        negotiate: zero,
-        setup: zero,
-        precopy: zero,
-        quiesce: zero,
-        stop_copy: zero,
-        await_loaded: zero,
-        commit: zero,
-        reconnect: zero,
-        roll_back: zero,
-        finish: zero,
-    }
-}
-
-fn no_patience_destination() -> DestinationDeadlines {
-    let zero = Duration::ZERO;
-    DestinationDeadlines {
-        listen: zero,
-        negotiate: zero,
-        resuming: zero,
-        load: zero,
-        hold: zero,
-        start: zero,
-        reset: zero,
     }
 }
