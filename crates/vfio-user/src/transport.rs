@@ -323,6 +323,7 @@ mod tests {
         (Connection::new(a), b)
     }
 
+    // VU-WHOLE
     #[test]
     fn a_message_that_comes_byte_by_byte_is_read_whole() {
         let (connection, mut peer) = pair();
@@ -369,6 +370,7 @@ mod tests {
         assert_eq!(error, TransportError::Stalled);
     }
 
+    // VU-BOUND
     #[test]
     fn surplus_descriptors_are_closed() {
         let (a, b) = UnixStream::pair().unwrap();

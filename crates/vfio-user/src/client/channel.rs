@@ -142,10 +142,13 @@ impl Channel {
 
     /// Ends the calls that wait now; later ones are not touched (VU-INTERRUPT).
     pub(super) fn interrupter(self: &Arc<Self>) -> Interrupter {
-        let channel = Arc::clone(self);
+        // Weak: who may interrupt does not keep the connection, and with it the session, alive.
+        let channel = Arc::downgrade(self);
         Interrupter::new(move || {
-            channel.interruptions.fetch_add(1, Ordering::AcqRel);
-            channel.waker.wake();
+            if let Some(channel) = channel.upgrade() {
+                channel.interruptions.fetch_add(1, Ordering::AcqRel);
+                channel.waker.wake();
+            }
         })
     }
 

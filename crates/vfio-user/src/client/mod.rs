@@ -164,7 +164,13 @@ impl Client {
             migration_pgsize: Some(4096),
         };
         let ours = VersionMessage { major: 0, minor: 2, caps };
-        let reply = channel.ask(command::VERSION, &[&ours.encode()], &[], 4096, options.message_timeout)?;
+        let asked = channel.ask(command::VERSION, &[&ours.encode()], &[], 4096, options.message_timeout);
+        let reply = asked.map_err(|mut error| {
+            if error.kind == DeviceErrorKind::Lost {
+                error.message = "the server closed the connection; it may have a client already".into();
+            }
+            error
+        })?;
         let version = VersionMessage::decode(&reply.payload)
             .map_err(|error| protocol(command::VERSION, error.to_string()))?;
         if version.major != 0 || version.minor > ours.minor {

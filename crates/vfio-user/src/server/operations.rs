@@ -251,6 +251,11 @@ impl Worker {
         tracing::warn!("an operation of the device has exceeded its deadline");
         match (&operation.kind, &operation.step) {
             (Kind::Map { .. } | Kind::Unmap { .. }, _) => self.dma_failed(Errno::ETIMEDOUT),
+            (Kind::End { .. }, Step::Data(None)) => {
+                // Half a state was written, whether the loader ever ends or not.
+                self.state = DeviceState::Error;
+                self.finish(Err(Errno::ETIMEDOUT));
+            }
             (_, Step::Data(_)) => self.finish(Err(Errno::ETIMEDOUT)),
             (_, Step::Device(_)) => {
                 self.state = DeviceState::Error;

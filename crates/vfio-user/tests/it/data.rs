@@ -41,6 +41,7 @@ fn read_all(save: &mut dyn SaveSession, buffer: usize) -> (Vec<u8>, Piece) {
     }
 }
 
+// V2-REINIT, V2-END, V2-AFTER-END
 #[test]
 fn precopy_and_stop_copy_are_one_stream() {
     for read_limit in [None, Some(100)] {
@@ -79,6 +80,7 @@ fn precopy_and_stop_copy_are_one_stream() {
     }
 }
 
+// VU-SHORT-READ, V2-ENOMSG
 #[test]
 fn a_short_read_in_precopy_is_drained_after_its_data() {
     let served = serve();
@@ -93,6 +95,7 @@ fn a_short_read_in_precopy_is_drained_after_its_data() {
     assert_eq!(save.read(&mut buf), Ok(Piece::Data { len: 50, chunk: Chunk::Stream }));
 }
 
+// VU-SIZE-FIELD
 #[test]
 fn padded_short_reads_are_taken_by_their_size() {
     let served = serve_with(FULL, ServerOptions { pad_short_reads: true, ..Default::default() });
@@ -138,6 +141,7 @@ fn state_is_loaded_as_it_was_written() {
     }
 }
 
+// V2-WRITE-FINAL
 #[test]
 fn a_failed_write_is_final() {
     let served = serve();
@@ -169,6 +173,7 @@ fn a_failed_write_is_final() {
     device.set_state(Stop).unwrap();
 }
 
+// V2-WRITE-FINAL
 #[test]
 fn an_error_that_nobody_has_seen_stops_the_transition() {
     let served = serve();

@@ -123,6 +123,7 @@ impl DmaHandler for Hidden {
     }
 }
 
+// VU-MESSAGE-DIRTY
 #[test]
 fn memory_without_a_descriptor_is_served_by_messages() {
     let served = serve_with(FULL, ServerOptions { max_data_xfer_size: 8192, ..Default::default() });
@@ -198,6 +199,7 @@ fn a_message_that_nobody_serves_ends() {
     assert!(matches!(asking.join().unwrap(), Err(DmaError::Unmapped { .. })));
 }
 
+// V2-DIRTY, VU-LOG-RANGES
 #[test]
 fn the_devices_log_reports_what_it_wrote() {
     for extensions in [true, false] {
@@ -239,6 +241,7 @@ fn the_devices_log_reports_what_it_wrote() {
     }
 }
 
+// V2-LOGGING
 #[test]
 fn a_report_may_be_for_a_part_and_at_coarser_pages() {
     use airlift_vfio_user::codec::{FeatureFlags, LoggingControl, LoggingReport, feature, take};
@@ -269,6 +272,7 @@ fn a_report_may_be_for_a_part_and_at_coarser_pages() {
     assert_eq!(report(0, u64::MAX, 65536, 32).unwrap_err().errno, Some(Errno::EINVAL));
 }
 
+// VU-GUARD
 #[test]
 fn a_device_does_not_stop_while_it_holds_memory_for_writing() {
     use DeviceState::{PreCopy, Running, Stop, StopCopy};

@@ -109,6 +109,7 @@ fn device(
     VfioUserDevice::from_stream(id(), stream, options).unwrap()
 }
 
+// VU-ERROR-PAYLOAD
 #[test]
 fn an_error_reply_with_a_payload_is_drained() {
     let client = client(|asked| {
@@ -121,6 +122,7 @@ fn an_error_reply_with_a_payload_is_drained() {
     assert_eq!(client.info().unwrap().num_regions, 9);
 }
 
+// VU-ERRNO-ZERO
 #[test]
 fn an_error_without_a_number_is_still_an_error() {
     let client = client(|asked| Some(error(asked, 0, &[])));
@@ -128,6 +130,7 @@ fn an_error_without_a_number_is_still_an_error() {
     assert_eq!((error.kind, error.errno), (DeviceErrorKind::Refused, Some(Errno::EIO)));
 }
 
+// VU-BOUND
 #[test]
 fn what_cannot_be_a_reply_ends_the_connection() {
     type Answer = fn(&Asked) -> Option<Vec<u8>>;
@@ -161,6 +164,7 @@ fn what_cannot_be_a_reply_ends_the_connection() {
     }
 }
 
+// VU-WHOLE
 #[test]
 fn a_reply_that_is_too_short_or_stops_is_found_out() {
     let short = client(|asked| Some(reply(asked, &[1, 2, 3])));
@@ -248,6 +252,7 @@ fn a_list_of_areas_that_leads_nowhere_is_refused() {
     assert_eq!(client.region_info(0).unwrap_err().kind, DeviceErrorKind::Protocol);
 }
 
+// VU-EMPTY-REPORT
 #[test]
 fn a_report_without_payload_is_an_error_and_not_clean_memory() {
     let mut device = device(
@@ -265,6 +270,7 @@ fn a_report_without_payload_is_an_error_and_not_clean_memory() {
     source.report(IovaRange::new(0, 1 << 20), &mut |_| panic!("nothing was reported")).unwrap_err();
 }
 
+// VU-LOG-REQUEST, VU-WRITE-CHUNK, VU-WRITE-ARGSZ
 #[test]
 fn a_foreign_server_is_asked_for_whole_ranges_and_written_in_small_pieces() {
     let seen: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -304,6 +310,7 @@ fn a_foreign_server_is_asked_for_whole_ranges_and_written_in_small_pieces() {
     assert_eq!(*seen.lock().unwrap(), writes);
 }
 
+// VU-END, VU-SIZE-FIELD
 #[test]
 fn short_reads_within_stop_copy_are_not_the_end() {
     // 10 bytes at a time, padded to what was asked for, and data after 0 the second time.
@@ -373,6 +380,7 @@ fn a_read_that_says_more_than_it_holds_is_refused() {
     }
 }
 
+// V2-CAPABILITIES
 #[test]
 fn undefined_capabilities_and_states_are_not_guessed() {
     let flags = |raw: u64| {

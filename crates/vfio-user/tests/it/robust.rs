@@ -57,6 +57,7 @@ fn errno(stream: &mut UnixStream, bytes: &[u8]) -> u32 {
     word(12)
 }
 
+// VU-ERROR-REPLY, VU-BOUND, VU-DRAIN
 #[test]
 fn wrong_requests_get_an_error_and_the_connection_stays() {
     let served = serve();
@@ -98,6 +99,7 @@ fn wrong_requests_get_an_error_and_the_connection_stays() {
     still_serves(&served);
 }
 
+// VU-WHOLE, VU-BOUND
 #[test]
 fn a_client_that_stops_within_a_message_or_says_nothing_is_ended() {
     let served = serve_quickly();

@@ -122,6 +122,7 @@ fn interrupts_reach_the_eventfd_they_are_wired_to() {
     assert_eq!(client.set_irqs(2, 39, &borrowed[..2]).unwrap_err().errno, Some(Errno::EINVAL));
 }
 
+// VU-ONE-CLIENT
 #[test]
 fn a_second_client_is_refused_and_the_first_notices_nothing() {
     let served = serve();
@@ -151,6 +152,7 @@ fn stopping_ends_the_client_and_tells_the_device() {
     assert_eq!(device.state().unwrap_err().kind, DeviceErrorKind::Lost);
 }
 
+// VU-VERSION
 #[test]
 fn the_answer_to_version_is_no_longer_than_the_question() {
     let served = serve();

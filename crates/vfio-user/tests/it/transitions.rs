@@ -30,6 +30,7 @@ fn what_a_device_can_do_and_is_comes_over_the_socket() {
     assert_eq!(device.state(), Ok(Running));
 }
 
+// V2-PATH, V2-SESSION, V2-NO-REWIND
 #[test]
 fn every_combination_is_walked_arc_by_arc() {
     for flags in [1, 3, 5, 7] {
@@ -64,6 +65,7 @@ fn every_combination_is_walked_arc_by_arc() {
     }
 }
 
+// V2-READBACK
 #[test]
 fn a_failing_arc_inside_a_combination_is_read_back() {
     let served = serve();
@@ -94,6 +96,7 @@ fn a_failing_arc_inside_a_combination_is_read_back() {
     assert_eq!(error.reached, Ok(RunningP2p));
 }
 
+// V2-ERROR
 #[test]
 fn an_answer_that_is_forgotten_or_late_is_a_failure() {
     let options = ServerOptions { transition_timeout: Duration::from_millis(50), ..Default::default() };
@@ -143,6 +146,7 @@ fn regions_are_served_while_a_transition_is_pending() {
     assert_eq!(pending.join().unwrap().state(), Ok(RunningP2p));
 }
 
+// VU-INTERRUPT
 #[test]
 fn a_wait_can_be_interrupted_and_the_connection_stays_good() {
     let served = serve();
@@ -170,8 +174,15 @@ fn a_wait_can_be_interrupted_and_the_connection_stays_good() {
     // The late answers are passed over, and the device can be walked back.
     assert_eq!(device.state(), Ok(RunningP2p));
     device.set_state(Running).unwrap();
+
+    // Who may interrupt does not keep the connection: the next client finds the server free.
+    let interrupter = device.interrupter();
+    drop(device);
+    served.client();
+    assert!(interrupter.interrupt());
 }
 
+// VU-SESSION-END, VU-STALE
 #[test]
 fn a_client_that_goes_ends_its_session() {
     let ends = [
@@ -198,6 +209,7 @@ fn a_client_that_goes_ends_its_session() {
     }
 }
 
+// VU-SESSION-END, VU-MIGRATION-SOCKET
 #[test]
 fn the_migration_socket_ends_alone_and_comes_one_at_a_time() {
     for (left_in, found) in
@@ -222,6 +234,7 @@ fn the_migration_socket_ends_alone_and_comes_one_at_a_time() {
     }
 }
 
+// VU-MIGRATION-SOCKET
 #[test]
 fn the_migration_socket_can_only_migrate() {
     let served = serve();
@@ -243,6 +256,7 @@ fn the_migration_socket_can_only_migrate() {
     assert_eq!(narrow.info().unwrap_err().kind, DeviceErrorKind::Lost);
 }
 
+// VU-PROBE
 #[test]
 fn a_device_without_migration_is_refused_and_one_without_extensions_works() {
     let served = serve_with(MigrationFlags::empty(), ServerOptions::default());
