@@ -1,6 +1,7 @@
 //! What tests of Airlift, and of devices served with it, are made of.
 //!
-//! [`faults`] wraps devices, dirty sources and machines so that one thing goes wrong; [`simulator`] explores the session machines of both sides against each other.
+//! [`faults`] wraps devices, dirty sources and machines so that one thing goes wrong; [`simulator`]
+//! explores the session machines of both sides against each other.
 #![forbid(unsafe_code)]
 
 pub mod faults;
