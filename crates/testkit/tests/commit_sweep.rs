@@ -3,6 +3,9 @@
 //! The faults that `commit_protocol` explores are not repeated here, except where the exact order of
 //! actions is the point.
 
+// Helpers of tests fail by panicking too.
+#![allow(clippy::unwrap_used)]
+
 use airlift_core::commit::{
     BootId, CancelAnswer, CommitMessage, DestinationAction, DestinationDeadlines, DestinationInput,
     DestinationMachine, DestinationVerdict, Doubt, Durability, Opened, Outcome, Record, RecordKind,
