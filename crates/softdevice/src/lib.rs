@@ -5,4 +5,6 @@
 mod device;
 pub mod simvm;
 
-pub use device::{FailArc, SoftDevice, SoftDeviceError, SoftDeviceOptions, SoftEvent, SoftMonitor, registers};
+pub use device::{
+    FailArc, SoftDevice, SoftDeviceError, SoftDeviceOptions, SoftEvent, SoftMonitor, registers,
+};

@@ -111,7 +111,8 @@ impl Shared {
                 let content: DriverRecord = read(record)?;
                 locked(&self.driver).load(content, &self.ports).map_err(|why| misfit(DRIVER, why))
             }
-            (RecordOwner::Device(id), PCI) => {
+            // A device has one record, and its stream need not carry the name.
+            (RecordOwner::Device(id), _) => {
                 let i = self
                     .ports
                     .iter()
