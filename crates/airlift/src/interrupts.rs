@@ -4,7 +4,7 @@
 use crate::machine::{MachineRecord, PendingInterrupt, RecordOwner};
 
 /// The record's name.
-pub(crate) const NAME: &str = "airlift:interrupts";
+pub(crate) const NAME: &str = "airlift/interrupts";
 
 /// The record of these interrupts; `None` when there are none.
 pub(crate) fn record(pending: &[PendingInterrupt]) -> Result<Option<MachineRecord>, String> {

@@ -63,7 +63,8 @@ pub enum RecordOwner {
 pub struct MachineRecord {
     /// Whose it is.
     pub owner: RecordOwner,
-    /// Its name, 1 to 255 bytes.
+    /// Its name, 1 to 255 bytes. That of a device record does not travel: there is at most one, and it
+    /// arrives as `config`.
     pub name: String,
     /// Its content, at most 1,000,000 bytes.
     pub data: Vec<u8>,
