@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let journals = tempfile::tempdir()?;
 
     // The destination: a machine that waits for its state, its devices, an address, a journal.
-    let mut incoming = SimVm::new(there.guest(true)?)?;
+    let mut incoming = SimVm::new(there.guest(true))?;
     let arrived = incoming.monitor();
     let its_devices = devices(&mut incoming)?.into_iter().map(|d| d.device).collect();
     let acceptor = UriAcceptor::bind(&"tcp:127.0.0.1:0".parse()?, LinkOptions::default())?;
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let destination = std::thread::spawn(move || destination.run());
 
     // The source: a guest that runs, writes memory and lets its devices write to each other.
-    let mut guest = SimVm::new(here.guest(false)?)?;
+    let mut guest = SimVm::new(here.guest(false))?;
     guest.resume()?;
     let its_devices = devices(&mut guest)?;
     let source = Source::new(
