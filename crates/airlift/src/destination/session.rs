@@ -127,6 +127,11 @@ impl Session {
         self.recorder.now()
     }
 
+    /// The phase that was last announced: what a failure names.
+    pub(super) fn phase(&self) -> Phase {
+        self.control.gauges.phase()
+    }
+
     /// Begins a phase: the observer first, then the protocol. `false`: the migration has failed.
     pub(super) fn enter(&mut self, phase: Phase) -> bool {
         if self.fallen() {
@@ -220,7 +225,7 @@ impl Session {
             Err(error) => {
                 tracing::error!(error = %error, "the journal did not take a record");
                 self.figures.error.get_or_insert(
-                    Failure::new(Side::Destination, self.protocol.phase(), error.to_string())
+                    Failure::new(Side::Destination, self.phase(), error.to_string())
                         .with_errno(error.errno)
                         .advise("look at the file system of the journal"),
                 );
@@ -274,7 +279,7 @@ impl Session {
                 if self.figures.incompatible { Outcome::Incompatible } else { Outcome::Aborted }
             }
             ProtocolOutcome::InDoubt { doubt } => {
-                let phase = self.protocol.phase();
+                let phase = self.phase();
                 let failure = Failure::new(Side::Destination, phase, doubt.to_string())
                     .advise("ask the source whether the guest runs there; do not start it here before");
                 self.figures.error.get_or_insert(failure);
@@ -296,14 +301,14 @@ impl Session {
                 let _ = mail.send(Input::Control(number, message));
             }),
         )
-        .map_err(|e| Failure::new(Side::Destination, self.protocol.phase(), e.to_string()))?;
+        .map_err(|e| Failure::new(Side::Destination, self.phase(), e.to_string()))?;
         self.link = Some(link);
         Ok(())
     }
 
     /// Takes an input; gives what is not the protocol's own.
     fn take(&mut self, input: Input) -> Option<Wake> {
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         let message = match input {
             Input::Cancelled => {
                 let now = self.now();
@@ -355,7 +360,7 @@ impl Session {
         if !self.fallen() {
             let failure = Failure::new(
                 Side::Destination,
-                self.protocol.phase(),
+                self.phase(),
                 format!("data connection {lane}: {error}"),
             );
             self.fail(failure.with_errno(error.errno()));
@@ -363,7 +368,7 @@ impl Session {
     }
 
     pub(super) fn unexpected(&mut self, message: &Message) {
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         self.fail(Failure::new(
             Side::Destination,
             phase,

@@ -25,12 +25,13 @@ impl DeviceSet {
         deadline: Duration,
     ) -> Result<SavingSet, Box<FailedSet>> {
         let states = self.members.states(deadline);
-        let states = match self.members.all_ok(states) {
-            Ok(states) => states,
-            Err(error) => return Err(FailedSet::new(self.members, error)),
-        };
+        // Noted for every device that answers, also when another does not: a rollback brings each back
+        // to what it was, and one that ran must not be taken for one that did not.
         for (index, state) in &states {
-            self.members.ran_before[*index] = state.is_live();
+            self.members.ran_before[*index] = matches!(state, Ok(Ok(state)) if state.is_live());
+        }
+        if let Err(error) = self.members.all_ok(states) {
+            return Err(FailedSet::new(self.members, error));
         }
         let which = self.members.present();
         let gauges = Arc::clone(&self.members.gauges);

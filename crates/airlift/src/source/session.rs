@@ -171,6 +171,11 @@ impl Session {
         self.recorder.now()
     }
 
+    /// The phase that was last announced: what a failure names.
+    pub(super) fn phase(&self) -> Phase {
+        self.control.gauges.phase()
+    }
+
     /// Begins a phase: the observer first, then the protocol. `false`: the migration has failed.
     pub(super) fn enter(&mut self, phase: Phase) -> bool {
         if self.fallen() {
@@ -297,7 +302,7 @@ impl Session {
                 }
             }
             ProtocolOutcome::InDoubt { doubt } => {
-                let phase = self.protocol.phase();
+                let phase = self.phase();
                 let failure = Failure::new(Side::Source, phase, doubt.to_string())
                     .advise("ask the destination whether the guest runs there (airlift resolve); do not start it here before");
                 self.figures.error.get_or_insert(failure);
@@ -308,7 +313,7 @@ impl Session {
 
     /// Uses a new control connection from now on, and reads it.
     pub(super) fn adopt(&mut self, link: ControlLink, first: &Message) -> Result<(), Failure> {
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         let fail = |message: String| Failure::new(Side::Source, phase, message);
         link.send(first).map_err(|e| fail(format!("cannot send {}: {e}", first.kind())))?;
         self.link_number += 1;
@@ -349,7 +354,7 @@ impl Session {
     /// Takes an input; gives a message that is not the protocol's own.
     fn take(&mut self, input: Input) -> Option<Message> {
         let now = self.now();
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         let handled = match input {
             Input::Cancelled => {
                 if self.protocol.cancel(now) == airlift_core::commit::CancelAnswer::Accepted {
@@ -427,7 +432,7 @@ impl Session {
     }
 
     fn link_lost(&mut self, error: &WireError) {
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         tracing::warn!(error = %error, "the control connection is lost");
         self.figures.link_error = Some(
             Failure::new(Side::Source, phase, format!("the control connection: {error}"))
@@ -447,7 +452,7 @@ impl Session {
     }
 
     pub(super) fn unexpected(&mut self, message: &Message) {
-        let phase = self.protocol.phase();
+        let phase = self.phase();
         self.fail(Failure::new(
             Side::Source,
             phase,
