@@ -103,13 +103,14 @@ pub enum Piece {
     },
     /// Pre-copy has nothing now and may have more later. Not the end (V2-ENOMSG).
     Drained,
-    /// STOP_COPY has given everything. Stays so.
+    /// STOP_COPY has given everything. Stays so (V2-END).
     End,
 }
 
-/// Reads a device's state, from PRE_COPY through STOP_COPY: one stream.
+/// Reads a device's state, from PRE_COPY through STOP_COPY: one stream of opaque bytes (V2-OPAQUE).
 pub trait SaveSession: Send {
-    /// What pre-copy still has; `None` when this peer cannot say. Only in PRE_COPY states.
+    /// What pre-copy still has; `None` when this peer cannot say. Only in PRE_COPY states
+    /// (V2-PRECOPY-INFO).
     ///
     /// # Errors
     /// When the device refuses or is gone.

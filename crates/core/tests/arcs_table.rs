@@ -101,6 +101,7 @@ fn listed(names: &[(&str, &str)]) -> BTreeSet<Arc> {
     names.iter().map(|(from, to)| Arc::new(state(from), state(to))).collect()
 }
 
+// V2-ARCS
 #[test]
 fn v2_arcs_single_arcs_of_each_capability_set() {
     let common = [("S", "SC"), ("SC", "S"), ("S", "RE"), ("RE", "S")];

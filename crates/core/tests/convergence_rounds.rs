@@ -70,6 +70,7 @@ fn switches_when_the_estimate_fits_and_not_a_byte_before() {
     assert_eq!(convergence.round(&round(FITS, 0, true)), Decision::Switch { forced: None });
 }
 
+// V2-INITIAL, I19
 #[test]
 fn v2_initial_unacknowledged_initial_data_holds_the_switch() {
     let mut convergence = Convergence::new(config(StallPolicy::Wait));

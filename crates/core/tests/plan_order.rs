@@ -49,6 +49,7 @@ const RUNNING_STATES: [(u64, DeviceState); 8] = [
     (7, Stop),
 ];
 
+// I14
 #[test]
 fn no_device_stops_while_another_can_still_write_to_it() {
     let mut checked = 0;

@@ -249,6 +249,7 @@ fn stuck_and_silent_devices_are_given_up_and_the_others_go_on() {
     assert!(stage.steps.iter().all(|s| s.device == a));
 }
 
+// V2-ABORT-LOAD: RESUMING is left by a reset.
 #[test]
 fn recovery_of_one_device() {
     let walk = |states: &[DeviceState]| {

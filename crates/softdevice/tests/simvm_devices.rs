@@ -310,6 +310,7 @@ fn interrupts_that_were_drained_and_forgotten_are_lost() {
     assert_eq!(report.interrupts.lost, Some(forgotten), "{report:#?}");
 }
 
+// I13
 #[test]
 fn a_sync_before_the_records_is_a_gap() {
     let (report, _) = moved(&small(), Fault::SyncBeforeRecords);
@@ -317,6 +318,7 @@ fn a_sync_before_the_records_is_a_gap() {
     assert!(report.sequence_gaps >= 1 && !report.is_clean());
 }
 
+// I12
 #[test]
 fn device_writes_that_were_not_copied_are_gaps() {
     let (report, _) = moved(&small(), Fault::ForgetDeviceDirty);

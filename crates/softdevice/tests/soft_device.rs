@@ -107,6 +107,7 @@ fn without_pre_copy_everything_comes_at_the_stop() {
     assert!(target.verified());
 }
 
+// V2-P2P, V2-STOPPED
 #[test]
 fn p2p_parks_dma_and_stop_parks_everything() {
     let mut host = Host::new(SoftDeviceOptions { dirty_rate: 4 << 20, interrupt_every: 1, ..small(1) });

@@ -131,6 +131,7 @@ fn a_device_arrives_whole_whatever_the_size_of_the_pieces() {
     }
 }
 
+// I21
 #[test]
 fn the_same_device_loads_twice_and_the_second_load_counts() {
     let (first, _) = saved(1);
@@ -149,6 +150,7 @@ fn the_same_device_loads_twice_and_the_second_load_counts() {
     assert_eq!(target.save(), second);
 }
 
+// V2-VALIDATE
 #[test]
 fn any_byte_that_is_wrong_is_refused() {
     let (stream, _) = saved(7);
@@ -191,6 +193,7 @@ fn without_validation_only_the_comparison_finds_a_wrong_byte() {
     while !matches!(target.loaded(), SoftEvent::Loaded { verified: true, loads: 2, .. }) {}
 }
 
+// V2-TOO-LITTLE
 #[test]
 fn a_stream_that_is_cut_is_refused_and_can_still_be_completed() {
     let (stream, digest) = saved(7);

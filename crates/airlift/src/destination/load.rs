@@ -1,5 +1,5 @@
 //! Load: records restored while the devices are still RESUMING, then RESUMING -> STOP, where each
-//! device validates what it was given. Then LOADED.
+//! device validates what it was given (V2-VALIDATE). Then LOADED.
 
 use super::reset::Standing;
 use super::resuming::Received;

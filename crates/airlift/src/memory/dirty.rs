@@ -2,7 +2,7 @@
 //!
 //! Order: logging starts before the first copy; fetch and clear, then read the page; an error of a
 //! report makes its whole range dirty (V2-DIRTY). A domain without a source is dirty as a whole at
-//! every sync, and that is said.
+//! every sync (V2-DIRTY-NONE), and that is said.
 
 use crate::machine::{Machine, MachineError};
 use airlift_core::{

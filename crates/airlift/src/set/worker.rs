@@ -1,4 +1,4 @@
-//! One thread for each device. It owns the device; whoever wants something of it asks by a call and
+//! One thread for each device, because an arc blocks (V2-BLOCKING). It owns the device; whoever wants something of it asks by a call and
 //! waits for the answer, with a deadline.
 //!
 //! Between calls the worker does what its device's state asks for: in pre-copy it streams, in

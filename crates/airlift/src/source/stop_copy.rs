@@ -70,7 +70,7 @@ fn fail(message: String) -> Failure {
 }
 
 /// The machine's part of the downtime, in its order. The records may write guest memory, so that the
-/// last sync comes after them (I13).
+/// last sync comes after them (I13, V2-DIRTY-FINAL).
 fn records_and_sync(session: &mut Session) -> Result<Vec<MachineRecord>, Failure> {
     let machine_failed =
         |e: crate::machine::MachineError| fail(format!("the machine: {e}")).with_errno(e.errno);

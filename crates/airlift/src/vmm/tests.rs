@@ -186,6 +186,7 @@ fn served() -> Served {
     served
 }
 
+// VMM-ONE-ANSWER
 #[test]
 fn every_verb_reaches_the_machine_and_its_answer_comes_back() {
     let mut s = served();
@@ -268,6 +269,7 @@ fn a_devices_descriptor_leads_to_that_device() {
     }
 }
 
+// VMM-DIRTY-OR
 #[test]
 fn dirty_ranges_cross_the_bitmap_once() {
     let mut s = served();
@@ -325,6 +327,7 @@ fn a_refusal_keeps_its_operation_message_and_errno_and_the_connection_goes_on() 
     s.vmm.pause().unwrap();
 }
 
+// VMM-HANGUP
 #[test]
 fn dirty_tracking_ends_with_the_connection() {
     let mut s = served();
@@ -390,6 +393,7 @@ fn answers_that_break_the_protocol_are_typed_errors() {
     assert_eq!(failing_with(b"{\"id\":2,\"ok\":{\"blockers\":3}}\n"), (Errno::EPROTO, true));
 }
 
+// VMM-LATE
 #[test]
 fn a_vmm_that_hangs_is_a_timeout_and_its_late_answer_is_dropped() {
     let layout = serde_json::to_string(&layout()).unwrap();
@@ -501,6 +505,7 @@ fn answer_with(
     error.message
 }
 
+// VMM-BOUNDS, I15
 #[test]
 fn what_a_vmm_says_is_bounded_before_it_is_believed() {
     let file = SharedMemory::create("small", 4096).unwrap();
@@ -549,6 +554,7 @@ fn descriptors_stay_with_their_line() {
     assert!(matches!(a.send(&4, &many, deadline), Err(WireError::TooManyFds)));
 }
 
+// VMM-NO-DATA-IN-JSON, VMM-ONE-ANSWER
 #[test]
 fn the_documented_exchange_is_what_happens() {
     let text = include_str!("../../../../docs/vmm-protocol.md");

@@ -214,8 +214,8 @@ impl LoadSession {
         self.trailer.is_some() || self.failed.is_some()
     }
 
-    /// Makes what was loaded the device's state. A load that is incomplete, or whose sums are wrong,
-    /// is refused; with `validate` off, wrong sums are let through.
+    /// Makes what was loaded the device's state (V2-VALIDATE). A load that is incomplete
+    /// (V2-TOO-LITTLE), or whose sums are wrong, is refused; with `validate` off, wrong sums are let through.
     pub(crate) fn finish(self, shared: &Shared, core: &mut Core) -> Result<LoadEnd, Errno> {
         if let Some(errno) = self.failed {
             return Err(errno);

@@ -7,8 +7,8 @@
 //!
 //! What the states mean here:
 //! - In RUNNING and PRE_COPY everything runs once the guest has set `CONTROL` and a client is attached.
-//! - In the P2P states the DMA engine is parked, whichever memory a ring is in; the dirtier runs.
-//! - At the arc to STOP or STOP_COPY everything parks, and **BAR2 is copied then**. What a peer that was
+//! - In the P2P states the DMA engine is parked, whichever memory a ring is in; the dirtier runs (V2-P2P).
+//! - At the arc to STOP or STOP_COPY everything parks (V2-STOPPED), and **BAR2 is copied then**. What a peer that was
 //!   not quiesced writes to it later is not part of the saved state: it is lost, as it would be in a
 //!   real device. That is what the P2P states are for (SD-BAR2-AT-STOP).
 //! - RESUMING -> STOP refuses what is incomplete or whose checksum or digest is wrong (SD-VALIDATE). The

@@ -1,4 +1,4 @@
-//! DMA logging of a device over a socket.
+//! DMA logging of a device over a socket (V2-LOGGING).
 //!
 //! Servers differ in what they take: one that does not read whole messages also loses pages when the
 //! page sizes of START and REPORT differ, and refuses a part of a region. So one page size is used

@@ -110,6 +110,7 @@ impl Flow {
         }
     }
 
+    /// A session that is over gives nothing more (V2-AFTER-END).
     fn check(&self, epoch: u64, number: u16) -> Result<(), DeviceError> {
         if self.epoch != epoch {
             return Err(DeviceError::new(

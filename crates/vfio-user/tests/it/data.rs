@@ -41,7 +41,7 @@ fn read_all(save: &mut dyn SaveSession, buffer: usize) -> (Vec<u8>, Piece) {
     }
 }
 
-// V2-REINIT, V2-END, V2-AFTER-END
+// V2-REINIT, V2-END, V2-AFTER-END, V2-OPAQUE, V2-PRECOPY-INFO
 #[test]
 fn precopy_and_stop_copy_are_one_stream() {
     for read_limit in [None, Some(100)] {
