@@ -110,6 +110,7 @@ fn saved(seed: u64) -> (Vec<u8>, u64) {
     (source.save(), digest)
 }
 
+// I10
 #[test]
 fn a_device_arrives_whole_whatever_the_size_of_the_pieces() {
     let (stream, digest) = saved(7);

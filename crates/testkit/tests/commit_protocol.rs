@@ -67,6 +67,7 @@ fn expected_kinds() -> BTreeSet<(&'static str, &'static str)> {
     ])
 }
 
+// I1, I3, I4
 #[test]
 fn never_two_sides_with_a_journal_that_survives_the_process() {
     let report = explored(Durability::Process, FLOOR_PROCESS);

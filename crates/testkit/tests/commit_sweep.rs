@@ -187,7 +187,7 @@ const ENDS: [End; 6] =
     [End::LinkLost, End::Timeout, End::Cancel, End::Failed, End::PeerAborts, End::PeerCancels];
 
 /// Before COMMIT whatever happens ends with the source running, and says so only when it does
-/// (C-TRUTH, F1, F5-F10, F36).
+/// (C-TRUTH, I2, I18, F1, F5-F10, F36).
 #[test]
 fn every_phase_of_the_source_before_commit_ends_with_the_source_running() {
     for phase in SOURCE_PHASES {
@@ -279,6 +279,7 @@ fn every_phase_of_the_destination_before_loaded_ends_reset() {
     }
 }
 
+/// I16
 #[test]
 fn each_phase_of_the_source_has_the_deadline_that_was_given_for_it() {
     let deadlines = SourceDeadlines::default();
@@ -327,7 +328,7 @@ fn a_migration_that_nothing_disturbs() {
     assert!(tell(&mut source, received(abandoned())).is_empty());
 }
 
-/// C-CANCEL: accepted until COMMIT is asked for, too late from then on, on either side (F36, F37).
+/// C-CANCEL, I17: accepted until COMMIT is asked for, too late from then on, on either side (F36, F37).
 #[test]
 fn cancel_is_too_late_from_commit_on() {
     let mut source = source_in(Phase::AwaitLoaded);

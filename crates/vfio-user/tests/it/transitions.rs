@@ -65,7 +65,7 @@ fn every_combination_is_walked_arc_by_arc() {
     }
 }
 
-// V2-READBACK
+// V2-READBACK, I6
 #[test]
 fn a_failing_arc_inside_a_combination_is_read_back() {
     let served = serve();
@@ -96,7 +96,7 @@ fn a_failing_arc_inside_a_combination_is_read_back() {
     assert_eq!(error.reached, Ok(RunningP2p));
 }
 
-// V2-ERROR
+// V2-ERROR, I8
 #[test]
 fn an_answer_that_is_forgotten_or_late_is_a_failure() {
     let options = ServerOptions { transition_timeout: Duration::from_millis(50), ..Default::default() };
