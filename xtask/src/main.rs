@@ -1,3 +1,81 @@
-//! Checks of the workspace.
+//! Checks of the workspace that cargo does not make: `cargo xtask CHECK`.
+//!
+//! Each check is a module of its own and gives a [`Findings`]: lines to print, and what is wrong.
+//! Nothing here is part of the command or of any library.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod deps;
+mod licences;
+mod links;
+mod outcome;
+mod rules;
+mod size;
+mod tree;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask CHECK
+
+  rules      every rule of docs/rules.md: where it is kept and where it is tested
+  links      links and paths in *.md lead somewhere
+  deps       dependencies between our crates point one way; one crate has unsafe code
+  licences   every dependency has a licence that deny.toml allows
+  size       files above 600 lines are named, above 1000 refused
+  outcome completed|source-running
+             reads `airlift demo --json` from standard input and checks how it ended";
+
+/// What a check says: for the reader, and against the tree.
+#[derive(Debug, Default)]
+struct Findings {
+    lines: Vec<String>,
+    wrong: Vec<String>,
+}
+
+impl Findings {
+    fn say(&mut self, line: impl Into<String>) {
+        self.lines.push(line.into());
+    }
+
+    fn wrong(&mut self, line: impl Into<String>) {
+        self.wrong.push(line.into());
+    }
+}
+
+type Checked = Result<Findings, String>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let root = root();
+    let checked = match args[..] {
+        ["rules"] => rules::check(&root),
+        ["links"] => links::check(&root),
+        ["deps"] => deps::check(&root),
+        ["licences"] => licences::check(&root),
+        ["size"] => size::check(&root),
+        ["outcome", expected] => outcome::check(expected, std::io::stdin().lock()),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let findings = match checked {
+        Ok(findings) => findings,
+        Err(error) => Findings { wrong: vec![error], ..Findings::default() },
+    };
+    for line in &findings.lines {
+        println!("{line}");
+    }
+    for line in &findings.wrong {
+        eprintln!("wrong: {line}");
+    }
+    if findings.wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The workspace: the folder above this crate's.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
