@@ -19,7 +19,10 @@ pub(crate) enum Job {
     Arc { arc: StateArc, done: Done, start_ns: u64 },
     Reset { done: Done, start_ns: u64 },
     Release { iova: u64, length: u64, done: Done },
-    Check,
+    Check {
+        /// Its number; the comparison has begun, for whoever reads the register.
+        pass: u64,
+    },
 }
 
 /// What is checked besides memory, and what is told at the end of a comparison.
@@ -44,10 +47,7 @@ pub(crate) fn run_jobs(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
             }
             Job::Reset { done, start_ns } => reset(shared, done, start_ns),
             Job::Release { iova, length, done } => release(shared, iova, length, done),
-            Job::Check => {
-                let pass = shared.core().memory.begin_check();
-                start_check(shared, pass, None, &mut checker);
-            }
+            Job::Check { pass } => start_check(shared, pass, None, &mut checker),
         }
     }
     if let Some(checker) = checker {

@@ -171,8 +171,9 @@ impl SoftDevice {
             if value != 1 {
                 return Err(Errno::EINVAL);
             }
+            let pass = core.memory.begin_check();
             drop(core);
-            self.submit(Job::Check);
+            self.submit(Job::Check { pass });
             return Ok(());
         }
         // A batch under way was planned with the old settings. It may wait for an answer of the client
