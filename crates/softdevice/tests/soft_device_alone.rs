@@ -314,3 +314,12 @@ fn events_are_json_objects_with_a_name() {
     );
     assert_eq!(serde_json::from_str::<SoftEvent>(&json).unwrap(), event);
 }
+
+#[test]
+fn a_comparison_that_was_asked_for_is_never_seen_as_not_begun() {
+    let mut device = Alone::new(small(5));
+    for _ in 0..200 {
+        device.set(reg::VERIFIED, 1).unwrap();
+        assert_ne!(device.register(reg::VERIFIED), reg::VERIFIED_NEVER);
+    }
+}
