@@ -50,7 +50,7 @@ fn host() -> Result<String, String> {
 
 /// The strings of `allow = […]` in the table `[licenses]`.
 fn allowed(deny: &str) -> Result<Vec<String>, String> {
-    let table = deny.split("[licenses]").nth(1).ok_or("deny.toml has no [licenses]")?;
+    let table = deny.split("\n[licenses]\n").nth(1).ok_or("deny.toml has no [licenses]")?;
     let list = table.split("allow = [").nth(1).and_then(|rest| rest.split(']').next());
     let list = list.ok_or("deny.toml allows no licences")?;
     Ok(list.split('"').skip(1).step_by(2).map(str::to_owned).collect())

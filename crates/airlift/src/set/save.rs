@@ -19,7 +19,7 @@ use std::time::Duration;
 const PRECOPY_READ: usize = 256 << 10;
 
 /// How long a device that had nothing is left alone. A poll of the data fd cannot replace it: most
-/// drivers do not implement one (V2-ENOMSG).
+/// drivers do not implement one (V2-ENOMSG, V2-POLL).
 const DRAINED_WAIT: Duration = Duration::from_millis(10);
 
 /// How long a worker waits for room before it looks for calls.
