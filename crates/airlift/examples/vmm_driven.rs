@@ -2,7 +2,7 @@
 //! devices through the phases with `DeviceSet`, which opens nothing and commits nothing.
 //!
 //! Here the VMM's connection is a channel and its memory path a copy; both sides run in one process.
-//! Run it: `cargo run --release --example vmm_driven`.
+//! Run it: `cargo run --release -p airlift --example vmm_driven`.
 
 mod support;
 

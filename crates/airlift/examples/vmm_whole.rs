@@ -2,7 +2,7 @@
 //! `Source` and `Destination`.
 //!
 //! `SimVm` stands for the VMM; `crates/softdevice/src/simvm/machine.rs` is its `Machine`, method by
-//! method. Run it: `cargo run --release --example vmm_whole`.
+//! method. Run it: `cargo run --release -p airlift --example vmm_whole`.
 
 mod support;
 
