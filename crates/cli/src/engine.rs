@@ -6,9 +6,10 @@ use crate::json::{ErrorView, Output, ReportView};
 use crate::no_guest::NoGuest;
 use crate::render;
 use crate::signals::{self, Canceller};
+use crate::vmm::Vmm;
 use crate::watcher::{Hold, Watcher};
-use airlift::vmm::{DeviceHandle, DeviceKind, RemoteVmm, VmmTimeouts};
 use airlift::machine::Machine;
+use airlift::vmm::{DeviceHandle, DeviceKind, RemoteVmm, VmmTimeouts};
 use airlift::{Deadlines, Environment, FileJournal, SourceDevice};
 use airlift_core::commit::{Durability, Journal};
 use airlift_core::{DeviceId, DirtySource, Errno, MigrationDevice, Side};
@@ -34,6 +35,8 @@ pub(crate) struct Prepared {
     pub(crate) environment: Environment,
     /// Takes wishes to cancel.
     pub(crate) canceller: Arc<Canceller>,
+    /// The VMM, to be told how it ended.
+    pub(crate) vmm: Option<Vmm>,
 }
 
 /// Opens what the arguments name. Nothing is touched: no device changes its state.
@@ -56,14 +59,16 @@ pub(crate) fn prepare(attach: &Attach, side: Side, output: &Arc<Output>) -> Resu
         let phase = at.of(side)?;
         Some(Hold { phase, release })
     });
-    let environment =
-        Environment::default().with_observer(Watcher::new(side, Arc::clone(output), hold));
+    let environment = Environment::default().with_observer(Watcher::new(side, Arc::clone(output), hold));
 
+    let mut vmm = None;
     let (machine, devices): (Box<dyn Machine>, _) = match &attach.vmm {
         Some(address) => {
-            let mut vmm = greet(address).map_err(|e| on_side(*e))?;
-            let devices = from_vmm(&mut vmm).map_err(|e| on_side(*e))?;
-            (Box::new(vmm), devices)
+            let mut remote = greet(address).map_err(|e| on_side(*e))?;
+            let devices = from_vmm(&mut remote).map_err(|e| on_side(*e))?;
+            let shared = Vmm::new(remote);
+            vmm = Some(shared.clone());
+            (Box::new(shared), devices)
         }
         None => {
             let devices = attach.devices.iter().map(open).collect::<Result<_, _>>();
@@ -72,7 +77,7 @@ pub(crate) fn prepare(attach: &Attach, side: Side, output: &Arc<Output>) -> Resu
     };
     let (machine, devices) = sabotaged(attach.sabotage, machine, devices);
     let journal = journal(attach, side).map_err(|e| on_side(*e))?;
-    Ok(Prepared { machine, devices, journal: Box::new(journal), environment, canceller })
+    Ok(Prepared { machine, devices, journal: Box::new(journal), environment, canceller, vmm })
 }
 
 /// Greets the VMM at `address`.
@@ -105,7 +110,8 @@ fn from_handle(handle: DeviceHandle) -> Result<SourceDevice, Box<ErrorView>> {
     let DeviceHandle { id, kind, fd } = handle;
     match kind {
         DeviceKind::VfioUser => {
-            let opened = VfioUserDevice::from_stream(id.clone(), UnixStream::from(fd), ClientOptions::default());
+            let opened =
+                VfioUserDevice::from_stream(id.clone(), UnixStream::from(fd), ClientOptions::default());
             with_log(&id, opened.map_err(|e| e.to_string()))
         }
         DeviceKind::Vfio => Err(Box::new(
@@ -128,9 +134,11 @@ pub(crate) fn open(named: &NamedDevice) -> Result<SourceDevice, Box<ErrorView>> 
 
 fn with_log(id: &DeviceId, opened: Result<VfioUserDevice, String>) -> Result<SourceDevice, Box<ErrorView>> {
     let device = opened.map_err(|message| {
-        Box::new(ErrorView::new(message).device(id.as_str()).advise(
-            "see what the device says for itself: airlift probe vfio-user:PATH",
-        ))
+        Box::new(
+            ErrorView::new(message)
+                .device(id.as_str())
+                .advise("see what the device says for itself: airlift probe vfio-user:PATH"),
+        )
     })?;
     let dirty = device.dirty_source().map(|log| Box::new(log) as Box<dyn DirtySource>);
     Ok(SourceDevice { device: Box::new(device) as Box<dyn MigrationDevice>, dirty })

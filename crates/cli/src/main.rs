@@ -22,6 +22,7 @@ mod sim_vm;
 mod sockets;
 mod soft_device;
 mod units;
+mod vmm;
 mod watcher;
 
 use args::{Cli, Command};

@@ -1,9 +1,7 @@
 //! The machine of `--no-guest`: devices that no guest uses. There is nothing to pause and no memory
 //! to move.
 
-use airlift::machine::{
-    Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt,
-};
+use airlift::machine::{Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt};
 use airlift_core::{DeviceId, GpaRange, IovaMap, MemoryLayout};
 use airlift_memory::GuestMemory;
 use std::time::Duration;
@@ -92,7 +90,10 @@ impl Machine for NoGuest {
     fn load_record(&mut self, record: &MachineRecord) -> Result<(), MachineError> {
         Err(MachineError::new(
             "load_record",
-            format!("a record {} came, and no guest is here to take it: use --vmm on both sides", record.name),
+            format!(
+                "a record {} came, and no guest is here to take it: use --vmm on both sides",
+                record.name
+            ),
         ))
     }
 

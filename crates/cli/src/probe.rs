@@ -8,7 +8,10 @@ use crate::exit::Exit;
 use crate::json::{ErrorView, Output};
 use crate::render;
 use airlift::Running;
-use airlift_core::{Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Interface, MigrationDevice};
+use airlift_core::{
+    Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Interface,
+    MigrationDevice,
+};
 use airlift_vfio_user::codec::{FeatureFlags, feature};
 use airlift_vfio_user::{Client, ClientOptions, VfioUserDevice};
 use serde::Serialize;
@@ -265,7 +268,10 @@ fn text(probed: &Probed) -> String {
         ));
     }
     for missing in &probed.missing {
-        lines.push(format!("  Missing: {}: {}. Advice: {}.", missing.what, missing.consequence, missing.advice));
+        lines.push(format!(
+            "  Missing: {}: {}. Advice: {}.",
+            missing.what, missing.consequence, missing.advice
+        ));
     }
     if probed.migratable && probed.missing.is_empty() {
         lines.push("  Nothing is missing.".into());
@@ -298,7 +304,10 @@ mod tests {
         probed.state = Some(DeviceState::Running);
         let what: Vec<_> =
             missing(&Capabilities::v2(1).unwrap(), &probed).into_iter().map(|m| m.what).collect();
-        assert_eq!(what, ["the P2P states", "the PRE_COPY states", "DMA logging", "the extension STATE_FORMAT"]);
+        assert_eq!(
+            what,
+            ["the P2P states", "the PRE_COPY states", "DMA logging", "the extension STATE_FORMAT"]
+        );
         probed.dma_logging = true;
         probed.features = vec!["PRECOPY_INFO", "STATE_FORMAT"];
         assert_eq!(missing(&Capabilities::v2(7).unwrap(), &probed), []);

@@ -33,15 +33,16 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
         listen: args.wait.map(|w| w.0),
         ..DestinationOptions::default()
     };
-    let acceptor = UriAcceptor::bind(&args.uri, LinkOptions { insecure: args.attach.insecure })
-        .map_err(|e| Box::new(ErrorView::new(e.to_string()).on("destination").phase("listen").errno(e.errno)))?;
+    let acceptor =
+        UriAcceptor::bind(&args.uri, LinkOptions { insecure: args.attach.insecure }).map_err(|e| {
+            Box::new(ErrorView::new(e.to_string()).on("destination").phase("listen").errno(e.errno))
+        })?;
     let uri = acceptor.local_uri().to_string();
-    let Prepared { machine, devices, journal, environment, canceller } = prepared;
+    let Prepared { machine, devices, journal, environment, canceller, vmm } = prepared;
     let devices: Vec<_> = devices.into_iter().map(|d| d.device).collect();
     let ids = devices.iter().map(|d| d.id().clone()).collect();
 
-    let destination =
-        Destination::new(machine, devices, Box::new(acceptor), journal, environment, options);
+    let destination = Destination::new(machine, devices, Box::new(acceptor), journal, environment, options);
     let control = destination.control();
     canceller.arm(control.clone());
     output.event("listening", &Listening { uri: uri.clone() });
@@ -50,5 +51,8 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
         .map_err(|e| Box::new(ErrorView::new(format!("no thread for progress: {e}")).on("destination")))?;
     let ended = destination.run();
     ticker.stop();
+    if let Some(vmm) = vmm {
+        vmm.ended(ended.report.outcome);
+    }
     Ok((ReportView::new("destination", &ended.report), Exit::of_report(&ended.report)))
 }

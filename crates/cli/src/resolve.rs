@@ -9,8 +9,8 @@ use crate::engine;
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output};
 use crate::no_guest::NoGuest;
-use airlift::vmm::RemoteVmm;
 use airlift::machine::Machine;
+use airlift::vmm::RemoteVmm;
 use airlift::{FileJournal, Running, SourceDevice};
 use airlift_core::commit::{
     BootId, DestinationVerdict, Durability, Journal, Opened, Record, SourceVerdict, destination_verdict,
@@ -139,8 +139,12 @@ fn source(args: &ResolveArgs, found: &Found, boot: &BootId) -> Result<(Resolved,
     let verdict = source_verdict(&found.records, boot);
     let words = match verdict {
         SourceVerdict::RunHere { .. } => "COMMIT was never sent, so this guest may run here".to_owned(),
-        SourceVerdict::RolledBack => "the destination had abandoned it, so this guest may run here".to_owned(),
-        SourceVerdict::Committed => "COMMIT may have been sent, so the destination may run this guest".to_owned(),
+        SourceVerdict::RolledBack => {
+            "the destination had abandoned it, so this guest may run here".to_owned()
+        }
+        SourceVerdict::Committed => {
+            "COMMIT may have been sent, so the destination may run this guest".to_owned()
+        }
         SourceVerdict::Done => "the guest runs on the destination".to_owned(),
         SourceVerdict::InDoubt(doubt) => doubt.to_string(),
     };
@@ -219,8 +223,7 @@ fn note(found: &Found, verdict: SourceVerdict) -> Result<(), ErrorView> {
         ErrorView::new(format!("the journal does not take {}: {e}", record.kind()))
             .advise("nothing was started; free the disk and try again")
     };
-    let (mut journal, _) =
-        FileJournal::reopen(&found.path, durability).map_err(|e| failed(e.to_string()))?;
+    let (mut journal, _) = FileJournal::reopen(&found.path, durability).map_err(|e| failed(e.to_string()))?;
     journal.append(&record).map_err(|e| failed(e.to_string()))
 }
 
@@ -246,7 +249,9 @@ fn walk_back(devices: &mut [SourceDevice], opened: Option<&Opened>) -> Result<Ve
         for step in stage.steps {
             let Some(member) = devices.iter_mut().find(|d| *d.device.id() == step.device) else { continue };
             let result = match step.action {
-                Action::SetState(target) => member.device.set_state(target).map(drop).map_err(|e| e.to_string()),
+                Action::SetState(target) => {
+                    member.device.set_state(target).map(drop).map_err(|e| e.to_string())
+                }
                 Action::Reset => member.device.reset().map_err(|e| e.to_string()),
             };
             if let Err(error) = result {
@@ -271,7 +276,8 @@ fn walk_back(devices: &mut [SourceDevice], opened: Option<&Opened>) -> Result<Ve
 
 /// Lets the guest run here again.
 fn start(machine: &mut dyn Machine) -> Result<(), ErrorView> {
-    let step = |e: airlift::machine::MachineError| ErrorView::new(format!("the guest cannot be started: {e}"));
+    let step =
+        |e: airlift::machine::MachineError| ErrorView::new(format!("the guest cannot be started: {e}"));
     machine.reclaim_shared().map_err(step)?;
     // What was raised meanwhile, and what `send` had taken and could not give back.
     let pending = machine.drain_interrupts().map_err(step)?;
@@ -296,7 +302,9 @@ fn destination(args: &ResolveArgs, found: &Found, boot: &BootId) -> Result<(Reso
             "the guest cannot be started here by hand ({words}): what the source had drained was lost \
              with airlift receive"
         ))
-        .advise("if the guest does not run here, use --stay-stopped here and then --run-here on the source"));
+        .advise(
+            "if the guest does not run here, use --stay-stopped here and then --run-here on the source",
+        ));
     }
     let harmless = matches!(verdict, DestinationVerdict::NeverRan | DestinationVerdict::Abandoned);
     let resolved = |outcome, running, message: &str| Resolved {
@@ -329,14 +337,16 @@ fn destination(args: &ResolveArgs, found: &Found, boot: &BootId) -> Result<(Reso
     if verdict != DestinationVerdict::Abandoned && opened(&found.records).is_some() {
         abandon(found)?;
     }
-    Ok((resolved("completed", Running::No, "The devices were reset; this session never runs here"), Exit::Done))
+    Ok((
+        resolved("completed", Running::No, "The devices were reset; this session never runs here"),
+        Exit::Done,
+    ))
 }
 
 fn abandon(found: &Found) -> Result<(), ErrorView> {
     let durability = opened(&found.records).map_or(Durability::Process, |o| o.durability);
     let failed = |e: String| ErrorView::new(format!("the journal does not take ABANDONED: {e}"));
     let cause = Failure::new(Side::Destination, Phase::Loaded, "abandoned by airlift resolve");
-    let (mut journal, _) =
-        FileJournal::reopen(&found.path, durability).map_err(|e| failed(e.to_string()))?;
+    let (mut journal, _) = FileJournal::reopen(&found.path, durability).map_err(|e| failed(e.to_string()))?;
     journal.append(&Record::Abandoned { cause: Box::new(cause) }).map_err(|e| failed(e.to_string()))
 }

@@ -28,7 +28,7 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
     let prepared = engine::prepare(&args.attach, Side::Source, output)?;
     let options = options(args);
     let connector = UriConnector::new(args.uri.clone(), LinkOptions { insecure: args.attach.insecure });
-    let Prepared { machine, devices, journal, environment, canceller } = prepared;
+    let Prepared { machine, devices, journal, environment, canceller, vmm } = prepared;
     let ids = devices.iter().map(|d| d.device.id().clone()).collect();
 
     let source = Source::new(machine, devices, Box::new(connector), journal, environment, options);
@@ -38,6 +38,9 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
         .map_err(|e| Box::new(ErrorView::new(format!("no thread for progress: {e}")).on("source")))?;
     let ended = source.run();
     ticker.stop();
+    if let Some(vmm) = vmm {
+        vmm.ended(ended.report.outcome);
+    }
     Ok((ReportView::new("source", &ended.report), Exit::of_report(&ended.report)))
 }
 

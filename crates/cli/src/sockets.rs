@@ -43,9 +43,8 @@ impl Listener {
                 let view = ErrorView::new(format!("cannot listen at {}: {error}", path.display()))
                     .errno(error.raw_os_error().map(Errno));
                 Err(match error.kind() {
-                    std::io::ErrorKind::AddrInUse => {
-                        view.advise("another process listens there, or a file is in the way: use another path")
-                    }
+                    std::io::ErrorKind::AddrInUse => view
+                        .advise("another process listens there, or a file is in the way: use another path"),
                     std::io::ErrorKind::NotFound => view.advise("make the directory first"),
                     std::io::ErrorKind::InvalidInput => {
                         view.advise("the path of a UNIX socket has at most 107 bytes: use a shorter one")

@@ -110,14 +110,18 @@ fn tell(output: &Output, device: &str, event: &SoftEvent) {
     }
     let text = match event {
         SoftEvent::Attached { state } => format!("{device}: a client came and found it in {state}"),
-        SoftEvent::Detached { reason, state } => format!("{device}: the client went ({reason}); it is in {state}"),
+        SoftEvent::Detached { reason, state } => {
+            format!("{device}: the client went ({reason}); it is in {state}")
+        }
         SoftEvent::Reset { .. } => format!("{device}: reset"),
         SoftEvent::Transition { from, to, start_ns, end_ns, errno, reached } => {
             #[expect(clippy::cast_precision_loss, reason = "only for show")]
             let took = millis(end_ns.saturating_sub(*start_ns) as f64 / 1e6);
             match errno {
                 None => format!("{device}: {from} -> {to} in {took}"),
-                Some(errno) => format!("{device}: {from} -> {to} failed with {errno} after {took}; in {reached}"),
+                Some(errno) => {
+                    format!("{device}: {from} -> {to} failed with {errno} after {took}; in {reached}")
+                }
             }
         }
         SoftEvent::Stopped { .. } => return,

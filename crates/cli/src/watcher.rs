@@ -101,11 +101,7 @@ impl Ticker {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn start(
-        output: Arc<Output>,
-        control: Control,
-        ids: Vec<DeviceId>,
-    ) -> std::io::Result<Self> {
+    pub(crate) fn start(output: Arc<Output>, control: Control, ids: Vec<DeviceId>) -> std::io::Result<Self> {
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
         let thread = std::thread::Builder::new().name("progress".into()).spawn(move || {
             while stopped.recv_timeout(TICK) == Err(crossbeam_channel::RecvTimeoutError::Timeout) {

@@ -90,7 +90,9 @@ mod tests {
 
     #[test]
     fn faults_exclude_each_other() {
-        assert!(message(&["demo", "--kill", "sender@load", "--cancel", "load"]).contains("cannot be used with"));
+        assert!(
+            message(&["demo", "--kill", "sender@load", "--cancel", "load"]).contains("cannot be used with")
+        );
         assert!(message(&["demo", "--cut", "load", "--cancel", "load"]).contains("cannot be used with"));
     }
 }

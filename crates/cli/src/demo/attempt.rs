@@ -23,6 +23,9 @@ pub(crate) use faults::Fault;
 /// How long the way back, or the way forward after COMMIT, may take after the demo has given up.
 const WAY_BACK: Duration = Duration::from_secs(60);
 
+/// How long `receive` may wait for more after `send` has ended: longer than its own deadlines.
+const LEFT_ALONE: Duration = Duration::from_secs(15);
+
 /// One migration.
 pub(crate) struct Attempt<'a> {
     /// What was asked for.
@@ -89,7 +92,9 @@ impl Attempt<'_> {
         result.peak_anon_bytes = PeakView { source: peaks.0.bytes(), destination: peaks.1.bytes() };
         if let (Some(fault), false) = (self.fault, placed) {
             let text = fault.text();
-            result.notes.push(format!("the fault was not placed ({text}): the migration ended before that phase"));
+            result
+                .notes
+                .push(format!("the fault was not placed ({text}): the migration ended before that phase"));
         }
         Ok(result)
     }
@@ -150,6 +155,7 @@ impl Attempt<'_> {
     fn wait_for_the_end(&self, cast: &mut Cast, sender: ChildId, receiver: ChildId) -> Result<(), DemoError> {
         let mut give_up = Instant::now() + self.args.timeout.0;
         let mut cancelled = false;
+        let mut left_alone = None;
         loop {
             let tick = Instant::now() + Duration::from_millis(100);
             let ended = cast.until(tick, "both ends", |cast| {
@@ -158,7 +164,14 @@ impl Attempt<'_> {
             if ended.is_ok() {
                 return Ok(());
             }
-            let late = Instant::now() >= give_up;
+            let now = Instant::now();
+            // A source that died before it said anything leaves a destination that listens for the next.
+            let patience = if cast.facts(receiver).phase == "listen" { ANSWER / 10 } else { LEFT_ALONE };
+            if cast.facts(sender).ended.is_some() && now > *left_alone.get_or_insert(now + patience) {
+                cast.tell(receiver, "cancel");
+                left_alone = Some(now + WAY_BACK);
+            }
+            let late = now >= give_up;
             if !cancelled && (late || is_set(self.interrupted)) {
                 self.output.say(if late { "Out of time: cancelling." } else { "Cancelling; going back." });
                 cast.tell(sender, "cancel");

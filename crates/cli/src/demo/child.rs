@@ -52,6 +52,8 @@ impl std::fmt::Display for Name {
 pub(crate) struct Facts {
     /// It listens there.
     pub(crate) listening: Option<String>,
+    /// `send`, `receive`: the phase that began last.
+    pub(crate) phase: String,
     /// It is held at a phase.
     pub(crate) held: bool,
     /// `send`, `receive`: its result.
@@ -274,7 +276,11 @@ impl Cast {
             let kept = child.stderr.lock().unwrap_or_else(PoisonError::into_inner);
             words.extend(kept.iter().map(|line| format!("{}: {line}", child.name)));
         }
-        if words.is_empty() { error } else { error.advise(format!("its last words were: {}", words.join(" | "))) }
+        if words.is_empty() {
+            error
+        } else {
+            error.advise(format!("its last words were: {}", words.join(" | ")))
+        }
     }
 
     fn absorb(&mut self, message: Message) {
@@ -298,6 +304,7 @@ impl Cast {
         let facts = &mut child.facts;
         match event.as_str() {
             "listening" => facts.listening = typed::<Listening>(&value).map(|l| l.uri),
+            "phase" => facts.phase = value["phase"].as_str().unwrap_or_default().to_owned(),
             "held" => facts.held = true,
             "result" if child.name.role == "resolve" => {
                 facts.resolved = value["message"].as_str().map(ToOwned::to_owned);

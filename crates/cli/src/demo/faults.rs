@@ -57,7 +57,12 @@ impl Fault {
 ///
 /// # Errors
 /// When the place is not reached in time, or what was killed does not end.
-pub(crate) fn place(cast: &mut Cast, fault: Fault, parts: &Parts<'_>, limit: Duration) -> Result<bool, DemoError> {
+pub(crate) fn place(
+    cast: &mut Cast,
+    fault: Fault,
+    parts: &Parts<'_>,
+    limit: Duration,
+) -> Result<bool, DemoError> {
     let held = match fault.held_side() {
         Side::Source => parts.sender,
         Side::Destination => parts.receiver,

@@ -82,8 +82,8 @@ fn new_seed() -> u64 {
 }
 
 fn perform(args: &DemoArgs, seed: u64, output: &Arc<Output>) -> Result<DemoResult, DemoError> {
-    let interrupted = signals::flag_on_signals()
-        .map_err(|e| DemoError::new(format!("signals cannot be taken: {e}")))?;
+    let interrupted =
+        signals::flag_on_signals().map_err(|e| DemoError::new(format!("signals cannot be taken: {e}")))?;
     let audience = progress::Progress::new(Arc::clone(output), args.device.state_size.0);
     let mut cast = Cast::new(Arc::clone(output), Box::new(audience))?;
     output.say(summary::opening(args, seed));
@@ -93,22 +93,24 @@ fn perform(args: &DemoArgs, seed: u64, output: &Arc<Output>) -> Result<DemoResul
     guest_moves(&mut cast, &source)?;
 
     let run = |cast: &mut Cast, number, fault, ids: &[String]| {
-        Attempt { args, seed, output, interrupted: &interrupted, number, fault, source: &source }.run(cast, ids)
+        Attempt { args, seed, output, interrupted: &interrupted, number, fault, source: &source }
+            .run(cast, ids)
     };
     let mut result = run(&mut cast, 1, Fault::of(args), &ids)?;
     let again = args.retry
         && matches!(result.outcome, Outcome::Aborted | Outcome::Cancelled)
         && result.source_running == Running::Yes
-        && !interrupted.load(std::sync::atomic::Ordering::Acquire);
-    if again {
-        let left: Vec<String> = source
-            .devices
-            .iter()
-            .filter(|d| cast.facts(d.child).ended.is_none())
-            .map(|d| d.id.clone())
-            .collect();
+        && !is_set(&interrupted);
+    let lost = source.devices.iter().find(|d| cast.facts(d.child).ended.is_some());
+    if let (true, Some(lost)) = (again, lost) {
+        result.notes.push(format!(
+            "there was no second migration: the guest still has {}, whose server is gone, and a lost device \
+             blocks a migration until it is unplugged",
+            lost.id
+        ));
+    } else if again {
         output.say(summary::between(&result));
-        let second = match run(&mut cast, 2, None, &left) {
+        let second = match run(&mut cast, 2, None, &ids) {
             Ok(second) => second,
             Err(error) => DemoResult::failed(seed, *error.0),
         };

@@ -104,10 +104,8 @@ mod tests {
 
     #[test]
     fn one_shared_moment_is_found() {
-        let live = |what: &str, start_ns, end_ns| Live {
-            what: what.into(),
-            when: RunInterval { start_ns, end_ns },
-        };
+        let live =
+            |what: &str, start_ns, end_ns| Live { what: what.into(), when: RunInterval { start_ns, end_ns } };
         let source = [live("vCPUs", 0, Some(100)), live("dev0", 0, Some(200))];
         assert!(first_overlap(&source, &[live("vCPUs", 200, None)]).is_none());
         let destination = [live("vCPUs", 199, None)];

@@ -116,10 +116,8 @@ impl Bars {
         }
         for device in value["devices"].as_array().into_iter().flatten() {
             let id = device["id"].as_str().unwrap_or_default();
-            let bar = self
-                .devices
-                .entry(id.to_owned())
-                .or_insert_with(|| self.all.add(bar(id, self.device_total)));
+            let bar =
+                self.devices.entry(id.to_owned()).or_insert_with(|| self.all.add(bar(id, self.device_total)));
             let left = number(device, "initial_bytes").saturating_add(number(device, "dirty_bytes"));
             let sent = number(device, "bytes");
             bar.set_position(sent.min(self.device_total.saturating_sub(left)));

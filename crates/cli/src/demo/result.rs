@@ -43,7 +43,7 @@ pub(crate) struct DeviceView {
     pub(crate) verified: bool,
     /// Every arc of both sides, by side and time.
     pub(crate) transitions: Vec<TransitionView>,
-    /// Why it was given up; null when it was not.
+    /// Why the guest has lost it; null when it has not.
     pub(crate) quarantined: Option<String>,
 }
 
@@ -180,13 +180,18 @@ impl DemoResult {
             if self.compatibility.is_none() && report.outcome == Outcome::Incompatible {
                 self.compatibility.clone_from(&report.compatibility);
             }
+            let sent = source.is_some_and(|s| std::ptr::eq(s, report));
+            let own = if sent { Side::Source } else { Side::Destination };
+            // Each side tells its own arcs; the source also those that it was told of, for want of
+            // the destination's own report.
+            let alone = source.is_none() || destination.is_none();
             for device in &report.devices {
-                self.take_device(device, source.is_some_and(|s| std::ptr::eq(s, report)));
+                self.take_device(device, sent, |side| alone || side == own);
             }
         }
     }
 
-    fn take_device(&mut self, report: &DeviceReport, sent: bool) {
+    fn take_device(&mut self, report: &DeviceReport, sent: bool, take: impl Fn(Side) -> bool) {
         let id = report.id.to_string();
         let at = self.devices.iter().position(|d| d.id == id).unwrap_or_else(|| {
             self.devices.push(DeviceView {
@@ -207,11 +212,11 @@ impl DemoResult {
             device.initial_bytes = report.initial_bytes;
             device.precopy_bytes = report.precopy_bytes;
             device.stop_copy_bytes = report.stop_copy_bytes;
-        }
-        if device.quarantined.is_none() {
+            // A destination's device that was given up is the error's cause, and nothing of the guest.
             device.quarantined.clone_from(&report.quarantined);
         }
-        device.transitions.extend(report.transitions.iter().map(|t| TransitionView {
+        let taken = report.transitions.iter().filter(|t| take(t.side));
+        device.transitions.extend(taken.map(|t| TransitionView {
             side: t.side,
             from: t.from,
             to: t.to,
@@ -279,8 +284,19 @@ mod tests {
         result.guest = Some(GuestView::default());
         let value = serde_json::to_value(&result).unwrap();
         for key in [
-            "outcome", "source_running", "destination_running", "total_ms", "downtime_ms", "guest_gap_ms",
-            "downtime_terms_ms", "rounds", "devices", "memory", "guest", "peak_anon_bytes", "error",
+            "outcome",
+            "source_running",
+            "destination_running",
+            "total_ms",
+            "downtime_ms",
+            "guest_gap_ms",
+            "downtime_terms_ms",
+            "rounds",
+            "devices",
+            "memory",
+            "guest",
+            "peak_anon_bytes",
+            "error",
         ] {
             assert!(value.get(key).is_some(), "{key} is missing: {value}");
         }
@@ -289,13 +305,28 @@ mod tests {
         assert_eq!(
             keys(&value["downtime_terms_ms"]),
             [
-                "commit", "config", "device_data", "final_dirty_sync", "load", "memory", "other", "pause",
-                "quiesce", "records", "run"
+                "commit",
+                "config",
+                "device_data",
+                "final_dirty_sync",
+                "load",
+                "memory",
+                "other",
+                "pause",
+                "quiesce",
+                "records",
+                "run"
             ]
         );
         let device = &value["devices"][0];
         for key in [
-            "id", "interface", "transport", "initial_bytes", "precopy_bytes", "stop_copy_bytes", "verified",
+            "id",
+            "interface",
+            "transport",
+            "initial_bytes",
+            "precopy_bytes",
+            "stop_copy_bytes",
+            "verified",
             "transitions",
         ] {
             assert!(device.get(key).is_some(), "{key} is missing: {device}");

@@ -39,7 +39,8 @@ pub(crate) fn text(result: &DemoResult) -> String {
         lines.extend(compatibility.findings.iter().map(|finding| format!("  {finding}")));
     }
     if let (Some(downtime), Some(terms)) = (result.downtime_ms, &result.downtime_terms_ms) {
-        let gap = result.guest_gap_ms.map(|gap| format!("; the guest itself wrote nothing for {}", millis(gap)));
+        let gap =
+            result.guest_gap_ms.map(|gap| format!("; the guest itself wrote nothing for {}", millis(gap)));
         lines.push(format!("\nDowntime {}{}. Where it went:", millis(downtime), gap.unwrap_or_default()));
         lines.extend(downtime_lines(terms));
         lines.push(String::new());

@@ -99,7 +99,7 @@ pub(crate) fn fill_in(cast: &mut Cast, parts: &Parts<'_>, result: &mut DemoResul
             .find(|d| d.id.as_str() == device.id)
             .is_some_and(|d| d.alive && d.verified == Some(true));
         device.verified = guest_says && (!completed || arrived_whole(cast, parts, &device.id)?);
-        if device.quarantined.is_none() {
+        if device.quarantined.is_none() && !completed {
             let lost = found.devices.iter().find(|d| d.id.as_str() == device.id && !d.alive);
             device.quarantined = lost.map(|d| d.lost.clone().unwrap_or_else(|| "it does not answer".into()));
         }

@@ -69,7 +69,9 @@ fn whereabouts(report: &ReportView) -> &'static str {
         (Running::Yes, _) => "the guest runs on the source",
         (_, Running::Yes) => "the guest runs on the destination",
         (Running::No, Running::No) => "the guest runs on neither side",
-        (Running::No, Running::Unknown) => "the guest does not run on the source; of the destination nothing is known",
+        (Running::No, Running::Unknown) => {
+            "the guest does not run on the source; of the destination nothing is known"
+        }
         (Running::Unknown, Running::No) => "the guest does not run here",
         (Running::Unknown, Running::Unknown) => "where the guest runs is not known",
     }

@@ -1,0 +1,157 @@
+//! The subcommands on their own: devices without a guest, probe, resolve, and what they refuse.
+
+mod common;
+
+use common::{AIRLIFT, Process};
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+
+fn run(args: &[&str]) -> (Value, i32) {
+    Process::start(args).finish()
+}
+
+fn device(path: &Path, seed: &str) -> (Process, String) {
+    let socket = path.to_str().unwrap();
+    let args = ["soft-device", "--socket", socket, "--state-size", "1MiB", "--seed", seed];
+    let process = Process::start(&args);
+    let uri = process.wait_for("listening")["uri"].as_str().unwrap().to_owned();
+    (process, uri)
+}
+
+#[test]
+fn a_device_alone_is_sent_and_received_without_a_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, from) = device(&dir.path().join("source.sock"), "1");
+    let (destination, to) = device(&dir.path().join("destination.sock"), "2");
+    let journals = |side: &str| dir.path().join(side).to_str().unwrap().to_owned();
+
+    let (receive, journal) = (format!("nic={to}"), journals("there"));
+    let receive = Process::start(&[
+        "receive",
+        "--no-guest",
+        "--device",
+        &receive,
+        "--journal",
+        &journal,
+        "tcp:127.0.0.1:0",
+    ]);
+    let uri = receive.wait_for("listening")["uri"].as_str().unwrap().to_owned();
+    let (named, journal) = (format!("nic={from}"), journals("here"));
+    let send = ["send", "--no-guest", "--device", &named, "--journal", &journal, &uri];
+    let (sent, code) = run(&send);
+    assert_eq!((sent["outcome"].as_str(), code), (Some("completed"), 0), "{sent:#}");
+    let (received, code) = receive.finish();
+    assert_eq!((received["outcome"].as_str(), code), (Some("completed"), 0), "{received:#}");
+    let stopped = source.wait_for("stopped");
+    let loaded = destination.wait_for("loaded");
+    assert_eq!(loaded["verified"], true);
+    assert_eq!(loaded["digest"], stopped["digest"]);
+
+    // The journal of a migration that is over is not written over.
+    let (again, code) = run(&send);
+    assert_eq!(code, 1);
+    assert_eq!(again["error"]["errno"]["name"], "EEXIST", "{again:#}");
+    assert!(again["error"]["advice"].as_str().unwrap().contains("airlift resolve"), "{again:#}");
+
+    // And it says that the guest is gone from here.
+    let (resolved, code) = run(&["resolve", "--journal", &journal, "--device", &named]);
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("completed"), 0), "{resolved:#}");
+    assert_eq!(resolved["destination_running"], true);
+}
+
+#[test]
+fn a_probe_says_what_a_device_can_do_and_what_it_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("d.sock");
+    let args = ["soft-device", "--socket", socket.to_str().unwrap(), "--state-size", "1MiB"];
+    let process = Process::start(&[&args[..], &["--device-no-p2p", "--device-no-precopy"]].concat());
+    let uri = process.wait_for("listening")["uri"].as_str().unwrap().to_owned();
+    let probe = Process::start(&["probe", &uri]);
+    let found = probe.wait_for("device");
+    assert_eq!(found["migratable"], true, "{found:#}");
+    assert_eq!(found["state"], "RUNNING");
+    assert_eq!((&found["p2p"], &found["precopy"]), (&false.into(), &false.into()));
+    assert_eq!(found["states"].as_array().unwrap().len(), 5, "{found:#}");
+    let missing: Vec<&str> =
+        found["missing"].as_array().unwrap().iter().filter_map(|m| m["what"].as_str()).collect();
+    assert_eq!(missing, ["the P2P states", "the PRE_COPY states"]);
+    assert_eq!(probe.finish().1, 0);
+    let text = Command::new(AIRLIFT).args(["probe", &uri]).output().unwrap();
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("It can be migrated: interface v2"), "{text}");
+    assert!(text.contains("Missing: the P2P states: it is refused"), "{text}");
+}
+
+#[test]
+fn what_is_not_there_is_named_with_advice() {
+    let (nobody, code) = run(&["probe", "vfio-user:/nowhere/d.sock"]);
+    assert_eq!((nobody["outcome"].as_str(), code), (Some("aborted"), 1));
+
+    let dir = tempfile::tempdir().unwrap();
+    let journal = dir.path().join("j");
+    let journal = journal.to_str().unwrap();
+    let (refused, code) =
+        run(&["send", "--vmm", "unix:/nowhere/v.sock", "--journal", journal, "tcp:127.0.0.1:1"]);
+    assert_eq!(code, 1);
+    assert_eq!(refused["error"]["errno"]["name"], "ENOENT", "{refused:#}");
+    assert!(refused["error"]["advice"].as_str().unwrap().contains("start the VMM first"));
+    assert_eq!(refused["source_running"], "unknown");
+}
+
+#[test]
+fn a_destination_that_nobody_listens_at_leaves_the_device_running() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_device, uri) = device(&dir.path().join("d.sock"), "1");
+    let named = format!("nic={uri}");
+    let journal = dir.path().join("j");
+    let gone = format!("unix:{}", dir.path().join("nobody.sock").display());
+    let (refused, code) =
+        run(&["send", "--no-guest", "--device", &named, "--journal", journal.to_str().unwrap(), &gone]);
+    assert_eq!((refused["outcome"].as_str(), code), (Some("aborted"), 1), "{refused:#}");
+    assert_eq!(refused["source_running"], true, "{refused:#}");
+    assert_eq!(refused["error"]["phase"], "connect", "{refused:#}");
+}
+
+#[test]
+fn without_a_journal_there_is_doubt_and_nothing_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_device, uri) = device(&dir.path().join("d.sock"), "1");
+    let named = format!("nic={uri}");
+    // `--no-guest` devices count as running, so a destination's journal is what is missing here.
+    std::fs::write(dir.path().join("destination.journal"), "").unwrap();
+    let journal = dir.path().to_str().unwrap();
+    let (resolved, code) = run(&["resolve", "--journal", journal, "--device", &named]);
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("in_doubt"), 3), "{resolved:#}");
+}
+
+#[test]
+fn a_machine_answers_report_and_check_and_ends_with_quit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_device, uri) = device(&dir.path().join("d.sock"), "1");
+    let listen = format!("unix:{}", dir.path().join("v.sock").display());
+    let named = format!("nic={uri}");
+    let mut vm = Process::start(&["sim-vm", "--listen", &listen, "--device", &named, "--memory", "4MiB"]);
+    vm.wait_for("listening");
+    vm.tell("check");
+    let check = vm.wait_for("check");
+    assert_eq!((&check["running"], &check["memory_verified"]), (&true.into(), &true.into()), "{check:#}");
+    assert_eq!(check["devices"][0]["id"], "nic");
+    // A device in use refuses a second client, and the guest notices nothing of it.
+    assert_eq!(run(&["probe", &uri]).1, 1);
+    vm.tell("check");
+    let check = vm.wait_for("check");
+    assert_eq!(check["sequence_gaps"], 0);
+    assert_eq!(check["devices"][0]["alive"], true);
+    vm.tell("quit");
+    assert_eq!(vm.finish().1, 0);
+}
+
+#[test]
+fn wrong_arguments_give_a_result_line_too() {
+    let output = Command::new(AIRLIFT).args(["demo", "--json", "--devices", "0"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(line["event"], "result");
+    assert_eq!(line["source_running"], "unknown");
+}
