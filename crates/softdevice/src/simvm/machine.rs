@@ -111,6 +111,7 @@ impl Machine for SimVm {
             tracing::warn!(saves = clock.saves, "the page that the pvclock record wrote is not there");
             locked(&self.shared.status).record_mismatches += 1;
         }
+        locked(&self.shared.status).drained.clear();
         self.shared.log.started();
         self.shared.gate.open();
         Ok(())
@@ -131,9 +132,11 @@ impl Machine for SimVm {
         Ok(())
     }
 
+    /// What was drained stays on record until it is injected or the guest runs: when the process that
+    /// took it dies, the next one drains it again.
     fn drain_interrupts(&mut self) -> Result<Vec<PendingInterrupt>, MachineError> {
         self.must_be_paused("drain_interrupts")?;
-        let mut pending = Vec::new();
+        let mut pending = locked(&self.shared.status).drained.clone();
         for port in &self.shared.ports {
             for (vector, number) in (0..port.vectors.count()).zip(0_u32..) {
                 let count = port
@@ -146,6 +149,7 @@ impl Machine for SimVm {
                 }
             }
         }
+        locked(&self.shared.status).drained.clone_from(&pending);
         Ok(pending)
     }
 
@@ -162,6 +166,7 @@ impl Machine for SimVm {
                 return Err(refused("inject_interrupts", Errno::EINVAL, message));
             }
         }
+        locked(&self.shared.status).drained.clear();
         Ok(())
     }
 

@@ -68,6 +68,7 @@ impl SimVm {
             tracking: false,
             pvclock: PvClock::default(),
             record_mismatches: 0,
+            drained: Vec::new(),
             last_outcome: None,
         };
         let shared = Arc::new(Shared {

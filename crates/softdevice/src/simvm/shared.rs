@@ -9,6 +9,7 @@ use super::layout::{PVCLOCK_PAGE, bar_address};
 use super::memory::VmMemory;
 use super::port::Port;
 use crate::registers as reg;
+use airlift::machine::PendingInterrupt;
 use airlift_memory::MemoryError;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::AtomicBool;
@@ -52,6 +53,8 @@ pub(super) struct Status {
     pub(super) tracking: bool,
     pub(super) pvclock: PvClock,
     pub(super) record_mismatches: u64,
+    /// Interrupts that a migration process has taken and not given back.
+    pub(super) drained: Vec<PendingInterrupt>,
     /// How the last migration ended on this side.
     pub(super) last_outcome: Option<String>,
 }
