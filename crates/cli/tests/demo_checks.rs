@@ -13,6 +13,7 @@ fn a_byte_changed_behind_the_checksum_is_found_by_the_device() {
     assert_eq!(demo.code, 1, "{}", demo.story());
 }
 
+// V2-VALIDATE
 #[test]
 fn a_device_that_validates_refuses_it_and_the_source_runs_on() {
     let demo = demo(&["--sabotage", "corrupt-device-byte-checked", "--device-dirty-rate", "0"]);
@@ -34,6 +35,7 @@ fn a_byte_of_memory_that_changed_is_found_by_the_guest() {
     assert_eq!(demo.code, 1);
 }
 
+// I12, V2-DIRTY
 #[test]
 fn a_dropped_bit_of_a_dirty_report_is_found_by_the_guest() {
     let demo = demo(&["--sabotage", "drop-dirty-bit"]);
@@ -41,6 +43,7 @@ fn a_dropped_bit_of_a_dirty_report_is_found_by_the_guest() {
     assert_eq!(demo.code, 1);
 }
 
+// I13, V2-DIRTY-FINAL
 #[test]
 fn a_record_that_writes_memory_needs_the_final_sync_behind_it() {
     let demo = demo(&["--sabotage", "sync-before-records"]);

@@ -69,6 +69,7 @@ fn it_runs_over_unix_sockets_and_with_several_channels() {
     demo(&["--channels", "4", "--devices", "3"]).assert_completed();
 }
 
+// V2-DIRTY-NONE
 #[test]
 fn it_runs_with_one_device_and_without_logging() {
     demo(&["--devices", "1"]).assert_completed();

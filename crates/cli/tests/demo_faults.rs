@@ -77,6 +77,7 @@ fn kill(victim: &str, phase: &str) -> Demo {
     demo(&["--kill", &format!("{victim}@{phase}"), "--retry"])
 }
 
+// I1, I2, I18
 #[test]
 fn a_killed_receiver_leaves_the_guest_on_the_source() {
     each(&BEFORE_COMMIT, |phase| assert_went_back(&kill("receiver", phase), "aborted", 1));
@@ -96,6 +97,7 @@ fn a_cut_connection_leaves_the_guest_on_the_source() {
     each(&BEFORE_COMMIT, |phase| assert_went_back(&demo(&["--cut", phase, "--retry"]), "aborted", 1));
 }
 
+// I2, I17
 #[test]
 fn a_cancel_leaves_the_guest_on_the_source() {
     each(&BEFORE_COMMIT, |phase| assert_went_back(&demo(&["--cancel", phase, "--retry"]), "cancelled", 5));
@@ -129,6 +131,7 @@ fn a_killed_source_device_is_named_and_the_others_run_on() {
     });
 }
 
+// I1, I3, I4
 #[test]
 fn from_commit_on_it_is_completed_or_in_doubt_and_never_both() {
     each(&FROM_COMMIT, |phase| {
@@ -145,6 +148,7 @@ fn a_source_device_that_dies_when_everything_has_left_it_changes_nothing() {
     assert_past_commit(&kill("source-device", "load"));
 }
 
+// I17
 #[test]
 fn a_cancel_after_commit_is_refused_and_the_migration_completes() {
     let demo = demo(&["--cancel", "run"]);

@@ -24,6 +24,7 @@ fn assert_alike(demos: &[Demo]) {
     }
 }
 
+// I15, W-CREDIT
 #[test]
 fn a_slow_device_holds_the_sender_back() {
     // At a rate that makes everything that was sent wait: without back-pressure it would pile up.

@@ -14,6 +14,7 @@ fn gaps(demo: &Demo) -> u64 {
     demo.result["guest"]["sequence_gaps"].as_u64().unwrap()
 }
 
+// I14, V2-P2P-BARRIER
 #[test]
 fn without_the_p2p_step_every_run_loses_writes() {
     for _ in 0..runs() {

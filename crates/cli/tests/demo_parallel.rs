@@ -4,6 +4,7 @@ mod common;
 
 use common::demo;
 
+// V2-BLOCKING
 #[test]
 fn four_slow_loads_overlap() {
     let demo = demo(&["--devices", "4", "--device-load-time", "300ms"]);
