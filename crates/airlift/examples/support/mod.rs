@@ -39,7 +39,9 @@ impl Host {
     /// The devices' names and sockets.
     pub(crate) fn sockets(&self) -> Vec<(DeviceId, PathBuf)> {
         let name = |i| DeviceId::new(format!("nic{i}")).ok();
-        (0..self.servers.len()).filter_map(|i| Some((name(i)?, self.dir.path().join(format!("nic{i}"))))).collect()
+        (0..self.servers.len())
+            .filter_map(|i| Some((name(i)?, self.dir.path().join(format!("nic{i}")))))
+            .collect()
     }
 
     /// A guest of 64 MiB that uses all devices of the host.
