@@ -87,7 +87,8 @@ fn receive(set: DeviceSet, arriving: &Receiver<Vec<u8>>) -> Result<Arrived, Box<
     let mut arrived = vec![None; loading.ids().len()];
     while arrived.contains(&None) {
         if let Ok(bytes) = arriving.recv_timeout(Duration::from_millis(5)) {
-            let (head, payload) = bytes.split_first_chunk::<HEADER_LEN>().ok_or("a frame without a header")?;
+            let (head, payload) =
+                bytes.split_first_chunk::<HEADER_LEN>().ok_or("a frame without a header")?;
             let header = FrameHeader::decode(head, Limits::default())?;
             header.verify(payload)?;
             if !loading.feed(header, PooledBuf::from(payload.to_vec())) {

@@ -358,11 +358,8 @@ impl Session {
             }
         }
         if !self.fallen() {
-            let failure = Failure::new(
-                Side::Destination,
-                self.phase(),
-                format!("data connection {lane}: {error}"),
-            );
+            let failure =
+                Failure::new(Side::Destination, self.phase(), format!("data connection {lane}: {error}"));
             self.fail(failure.with_errno(error.errno()));
         }
     }
