@@ -55,8 +55,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
-    // Logs go to stderr and only on request: AIRLIFT_LOG=debug.
-    let filter = EnvFilter::try_from_env("AIRLIFT_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
+    // Logs go to stderr and only on request (AIRLIFT_LOG=debug): what a user must know is in the output.
+    let filter = EnvFilter::try_from_env("AIRLIFT_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let exit = match cli.command {
         Command::Demo(args) => demo::run(&args),

@@ -113,10 +113,12 @@ fn end_when_told(
             }
         }
         // Without a supervisor the end of stdin, as of a service, is no reason to end.
-        while !quit {
-            std::thread::park();
+        if quit {
+            let _ = to.send(());
+        } else {
+            // Kept open: a channel that ends means the same as `quit`.
+            std::mem::forget(to);
         }
-        let _ = to.send(());
     })?;
     Ok(ended)
 }
@@ -126,6 +128,7 @@ fn show(output: &Output, event: &str, report: &SimReport) {
     if output.is_json() {
         return;
     }
+    let asked = |count: Option<u64>| count.map_or_else(|| "not asked".to_owned(), |n| n.to_string());
     let word = if report.is_clean() { "nothing is wrong" } else { "SOMETHING IS WRONG" };
     let runs = if report.running { "runs" } else { "does not run" };
     output.say(format!(
@@ -136,8 +139,8 @@ fn show(output: &Output, event: &str, report: &SimReport) {
         report.out_of_order,
         report.entries_consumed,
         report.interrupts.received,
-        report.interrupts.lost.map_or("not asked".into(), |n| n.to_string()),
-        report.interrupts.spurious.map_or("not asked".into(), |n| n.to_string()),
+        asked(report.interrupts.lost),
+        asked(report.interrupts.spurious),
         match report.memory_verified {
             Some(true) => "is right",
             Some(false) => "is WRONG",

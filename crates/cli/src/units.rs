@@ -153,6 +153,11 @@ impl Span {
     }
 }
 
+/// `1 round`, `2 rounds`.
+pub(crate) fn counted(count: u32, one: &str) -> String {
+    if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
+}
+
 /// Milliseconds for a person: whole above 100, else with one or two decimals.
 pub(crate) fn millis(ms: f64) -> String {
     if ms >= 100.0 {

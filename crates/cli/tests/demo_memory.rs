@@ -1,4 +1,5 @@
 //! The migration's own memory does not grow with the devices' state.
+#![allow(clippy::unwrap_used, reason = "a test fails where it must")]
 
 mod common;
 

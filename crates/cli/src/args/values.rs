@@ -173,13 +173,13 @@ pub(crate) enum Victim {
 }
 
 impl Victim {
-    /// As on the command line.
-    pub(crate) const fn name(self) -> &'static str {
+    /// In words.
+    pub(crate) const fn words(self) -> &'static str {
         match self {
-            Self::Sender => "sender",
-            Self::Receiver => "receiver",
-            Self::SourceDevice => "source-device",
-            Self::DestinationDevice => "destination-device",
+            Self::Sender => "process airlift send",
+            Self::Receiver => "process airlift receive",
+            Self::SourceDevice => "server of the source's first device",
+            Self::DestinationDevice => "server of the destination's first device",
         }
     }
 }

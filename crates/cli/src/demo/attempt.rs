@@ -84,7 +84,7 @@ impl Attempt<'_> {
 
         let parts = Parts { sender, receiver, source: self.source, destination, relay: relay.as_ref() };
         let placed = match self.fault {
-            Some(fault) => faults::place(cast, fault, &parts, self.args.timeout.0)?,
+            Some(fault) => faults::place(cast, fault, &parts, self.args.timeout.0, self.output)?,
             None => true,
         };
         self.wait_for_the_end(cast, sender, receiver)?;

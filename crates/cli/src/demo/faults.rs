@@ -7,7 +7,9 @@ use super::attempt::Parts;
 use super::child::Cast;
 use super::{ANSWER, DemoError};
 use crate::args::{DemoArgs, FaultPhase, KillSpec, Victim};
+use crate::json::Output;
 use airlift_core::Side;
+use serde::Serialize;
 use std::time::{Duration, Instant};
 
 /// A fault and its place.
@@ -25,7 +27,7 @@ impl Fault {
     /// The fault that was asked for.
     pub(crate) fn of(args: &DemoArgs) -> Option<Self> {
         let kill = args.kill.map(Self::Kill);
-        kill.or(args.cancel.map(Self::Cancel)).or(args.cut.map(Self::Cut))
+        kill.or_else(|| args.cancel.map(Self::Cancel)).or_else(|| args.cut.map(Self::Cut))
     }
 
     /// Where it is placed.
@@ -46,11 +48,17 @@ impl Fault {
     /// In words.
     pub(crate) fn text(self) -> String {
         match self {
-            Self::Kill(spec) => format!("{} killed at {}", spec.victim.name(), spec.phase.name()),
-            Self::Cancel(phase) => format!("cancelled at {}", phase.name()),
-            Self::Cut(phase) => format!("connection cut at {}", phase.name()),
+            Self::Kill(spec) => format!("the {} is killed at {}", spec.victim.words(), spec.phase.name()),
+            Self::Cancel(phase) => format!("the user cancels at {}", phase.name()),
+            Self::Cut(phase) => format!("the connection is cut at {}", phase.name()),
         }
     }
+}
+
+#[derive(Serialize)]
+struct Placed {
+    fault: String,
+    phase: &'static str,
 }
 
 /// Waits for the fault's place and does it. `false`: the migration ended before it came there.
@@ -62,6 +70,7 @@ pub(crate) fn place(
     fault: Fault,
     parts: &Parts<'_>,
     limit: Duration,
+    output: &Output,
 ) -> Result<bool, DemoError> {
     let held = match fault.held_side() {
         Side::Source => parts.sender,
@@ -78,6 +87,8 @@ pub(crate) fn place(
     if !reached {
         return Ok(false);
     }
+    output.say(format!("{:>11}  now: {}", "", fault.text()));
+    output.event("fault", &Placed { fault: fault.text(), phase });
     match fault {
         Fault::Kill(spec) => {
             let victim = match spec.victim {

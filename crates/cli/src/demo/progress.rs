@@ -106,7 +106,10 @@ impl Bars {
         let (total, dirty) = (number(value, "memory_total"), number(value, "memory_dirty"));
         if total > 0 {
             let bar = self.memory.get_or_insert_with(|| self.all.add(bar("memory", total)));
-            bar.set_position(total.saturating_sub(dirty));
+            // In the first round everything is still to be sent, and nothing counts as dirty yet.
+            let first = number(value, "round") == 0;
+            let sent = number(value, "memory_sent").min(total);
+            bar.set_position(if first { sent } else { total.saturating_sub(dirty) });
             bar.set_message(format!(
                 "round {}, {} left, {}",
                 number(value, "round"),

@@ -97,6 +97,8 @@ pub(crate) struct DemoResult {
     pub(crate) total_ms: f64,
     /// Milliseconds from the call to pause until RUNNING arrived; null unless completed.
     pub(crate) downtime_ms: Option<f64>,
+    /// Milliseconds without vCPUs on the way back; null when they were never paused.
+    pub(crate) blackout_ms: Option<f64>,
     /// The longest time between two guest writes over both sides, in milliseconds.
     pub(crate) guest_gap_ms: Option<f64>,
     /// The downtime's terms.
@@ -123,7 +125,7 @@ pub(crate) struct DemoResult {
     pub(crate) error: Option<ErrorView>,
     /// The second migration, with `--retry` after one that did not complete.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) retry: Option<Box<DemoResult>>,
+    pub(crate) retry: Option<Box<Self>>,
 }
 
 impl DemoResult {
@@ -135,6 +137,7 @@ impl DemoResult {
             destination_running: Running::Unknown,
             total_ms: 0.0,
             downtime_ms: None,
+            blackout_ms: None,
             guest_gap_ms: None,
             downtime_terms_ms: None,
             rounds: 0,
@@ -161,6 +164,7 @@ impl DemoResult {
         if let Some(report) = source {
             self.total_ms = report.total_ms;
             self.downtime_ms = report.downtime_ms;
+            self.blackout_ms = report.blackout_ms;
             self.downtime_terms_ms = report.downtime_terms_ms;
             self.rounds = report.rounds;
             self.memory = MemoryView {

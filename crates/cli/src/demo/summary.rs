@@ -3,7 +3,7 @@
 use super::result::DemoResult;
 use crate::args::DemoArgs;
 use crate::render::{downtime_lines, error_text};
-use crate::units::{Size, millis};
+use crate::units::{Size, counted, millis};
 use airlift::{Outcome, Running};
 
 /// Before the start.
@@ -28,16 +28,15 @@ pub(crate) fn text(result: &DemoResult) -> String {
     if let Some(retry) = &result.retry {
         return format!("\n{}", text(retry));
     }
+    if result.outcome == Outcome::Completed { completed(result) } else { not_completed(result) }
+}
+
+fn completed(result: &DemoResult) -> String {
     let mut lines = Vec::new();
     if let Some(error) = &result.error {
         lines.push(error_text(error));
     }
     lines.push(headline(result));
-    if result.outcome == Outcome::Incompatible
-        && let Some(compatibility) = &result.compatibility
-    {
-        lines.extend(compatibility.findings.iter().map(|finding| format!("  {finding}")));
-    }
     if let (Some(downtime), Some(terms)) = (result.downtime_ms, &result.downtime_terms_ms) {
         let gap =
             result.guest_gap_ms.map(|gap| format!("; the guest itself wrote nothing for {}", millis(gap)));
@@ -45,13 +44,35 @@ pub(crate) fn text(result: &DemoResult) -> String {
         lines.extend(downtime_lines(terms));
         lines.push(String::new());
     }
-    if result.outcome == Outcome::Completed {
-        lines.extend(arrived(result));
-    } else {
-        lines.extend(still_there(result));
-    }
+    lines.extend(arrived(result));
     lines.extend(result.notes.iter().map(|note| format!("Note: {note}.")));
     lines.push(format!("Seed {}.", result.seed));
+    lines.join("\n")
+}
+
+/// The error first, and where the guest is last: that is what stays in view.
+fn not_completed(result: &DemoResult) -> String {
+    let mut lines = Vec::new();
+    if let Some(error) = &result.error {
+        lines.push(error_text(error));
+    }
+    if result.outcome == Outcome::Incompatible
+        && let Some(compatibility) = &result.compatibility
+    {
+        lines.extend(compatibility.findings.iter().map(|finding| format!("  {finding}")));
+    }
+    for device in &result.devices {
+        if let Some(why) = &device.quarantined {
+            lines.push(format!("Device {} is lost to the guest: {why}.", device.id));
+        }
+    }
+    if let Some(blackout) = result.blackout_ms {
+        lines.push(format!("The guest was paused for {} on the way.", millis(blackout)));
+    }
+    lines.extend(guest(result));
+    lines.extend(result.notes.iter().map(|note| format!("Note: {note}.")));
+    lines.push(format!("Seed {}.", result.seed));
+    lines.push(headline(result));
     lines.join("\n")
 }
 
@@ -69,6 +90,9 @@ fn headline(result: &DemoResult) -> String {
         (Outcome::InDoubt, ..) => "In doubt: COMMIT may have been given and nobody can say that the guest \
                                    runs on the destination. It is started on neither side."
             .into(),
+        (_, Running::Yes, _) if result.is_verified() => {
+            "The guest runs on the source, with nothing missing, doubled or changed.".into()
+        }
         (_, Running::Yes, _) => "The guest runs on the source.".into(),
         (_, _, Running::Yes) => "The guest runs on the destination.".into(),
         _ => "The guest runs on neither side, as far as this demo can tell.".into(),
@@ -79,10 +103,10 @@ fn headline(result: &DemoResult) -> String {
 fn arrived(result: &DemoResult) -> Vec<String> {
     let word = |right| if right { "every byte right" } else { "WRONG" };
     let mut lines = vec![format!(
-        "Memory   {}: {} sent in {} rounds and the stop, {} zero pages, {} pages sent again; {}",
+        "Memory   {}: {} sent in {} and the stop, {} zero pages, {} pages sent again; {}",
         Size(result.memory.bytes_total),
         Size(result.memory.bytes_sent),
-        result.rounds,
+        counted(result.rounds, "round"),
         result.memory.pages_zero,
         result.memory.pages_resent,
         word(result.memory.verified)
@@ -102,17 +126,6 @@ fn arrived(result: &DemoResult) -> Vec<String> {
         Size(result.peak_anon_bytes.source),
         Size(result.peak_anon_bytes.destination)
     ));
-    lines
-}
-
-/// How things are after a migration that did not complete.
-fn still_there(result: &DemoResult) -> Vec<String> {
-    let mut lines: Vec<String> = result
-        .devices
-        .iter()
-        .filter_map(|d| d.quarantined.as_ref().map(|why| format!("Device {} is given up: {why}.", d.id)))
-        .collect();
-    lines.extend(guest(result));
     lines
 }
 

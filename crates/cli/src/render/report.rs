@@ -2,7 +2,7 @@
 
 use super::{downtime_lines, error_text};
 use crate::json::ReportView;
-use crate::units::{Size, millis};
+use crate::units::{Size, counted, millis};
 use airlift::{Outcome, Running};
 
 /// The report as text, without a last newline.
@@ -36,10 +36,10 @@ pub(crate) fn report_text(report: &ReportView) -> String {
     }
     if report.memory.bytes_total > 0 {
         lines.push(format!(
-            "Memory: {} of guest memory, {} sent in {} rounds and the stop, {} zero pages, {} pages sent again",
+            "Memory: {} of guest memory, {} sent in {} and the stop, {} zero pages, {} pages sent again",
             Size(report.memory.bytes_total),
             Size(report.memory.bytes_sent),
-            report.rounds,
+            counted(report.rounds, "round"),
             report.memory.pages_zero,
             report.memory.pages_resent
         ));

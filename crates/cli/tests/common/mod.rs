@@ -1,5 +1,6 @@
 //! Runs `airlift demo` and other subcommands as processes, and reads their JSON lines.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test fails where it must")]
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
