@@ -107,6 +107,12 @@ fn walk(
     })?;
     let mut opened = None;
     for arc in arcs {
+        if recorder.is_abandoned() {
+            // Nobody waits for this device any more, and what was decided since may forbid the arc.
+            let why = "the device was given up while it was busy";
+            let error = DeviceError::new(DeviceErrorKind::Interrupted, "SET MIG_DEVICE_STATE", why);
+            return Err(TransitionError { from: arc.from, to: arc.to, reached: Ok(arc.from), error });
+        }
         let begun = recorder.now();
         match device.set_state(arc.to) {
             Ok(session) => {

@@ -82,6 +82,7 @@ impl Incoming {
     fn write(&mut self, frame: &InFrame) -> Result<(), StreamFault> {
         let device = self.index;
         let mut written = 0;
+        let mut generation = None;
         let mut records = self.decoder.frame(&frame.header, &frame.payload)?;
         while let Some(event) = records.next_event()? {
             match event {
@@ -92,9 +93,8 @@ impl Incoming {
                     written += bytes.len() as u64;
                 }
                 RecordEvent::DataEnd => self.loading.session.end_chunk()?,
-                RecordEvent::InitDataSent { generation } => {
-                    let _ = self.events.send(SetEvent::InitialData { device, generation });
-                }
+                // Said once for a frame: what a peer can put into one is no measure for messages.
+                RecordEvent::InitDataSent { generation: newest } => generation = Some(newest),
                 RecordEvent::Config(data) => {
                     let _ = self.events.send(SetEvent::Config { device, data: data.to_vec() });
                 }
@@ -104,6 +104,9 @@ impl Incoming {
         tracing::trace!(name: "vfio_load_state_device_data", device = %self.loading.device.id(), data_size = written);
         if let Some(gauge) = self.gauges.devices.get(usize::try_from(device).unwrap_or(usize::MAX)) {
             gauge.bytes.fetch_add(written, Ordering::Relaxed);
+        }
+        if let Some(generation) = generation {
+            let _ = self.events.send(SetEvent::InitialData { device, generation });
         }
         if self.ended {
             let totals = self.decoder.finish()?.clone();

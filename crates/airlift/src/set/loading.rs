@@ -22,6 +22,7 @@ impl DeviceSet {
     /// # Errors
     /// When a device fails.
     pub fn start_loading(mut self, room: usize, deadline: Duration) -> Result<LoadingSet, Box<FailedSet>> {
+        self.members.forget_events();
         let which = self.members.present();
         let gauges = Arc::clone(&self.members.gauges);
         let answers = self.members.ask(&which, deadline, |_| {
@@ -37,6 +38,7 @@ impl DeviceSet {
 
 impl Post {
     fn begin_loading(&mut self, room: usize, gauges: Arc<crate::control::Gauges>) -> Result<(), StreamFault> {
+        self.begin();
         match self.state()? {
             DeviceState::Running | DeviceState::RunningP2p | DeviceState::Stop => {}
             _ => self.device()?.reset()?,

@@ -100,7 +100,7 @@ pub(super) struct Members {
     capabilities: Vec<Capabilities>,
     identities: Vec<DeviceIdentity>,
     pub(super) ran_before: Vec<bool>,
-    pub(super) quarantined: Vec<Option<String>>,
+    quarantined: Vec<Option<(DeviceErrorKind, String)>>,
     pub(super) was_reset: Vec<bool>,
     pub(super) recorder: Recorder,
     pub(super) gauges: Arc<Gauges>,
@@ -222,21 +222,36 @@ impl Members {
         (0..self.len()).filter(|&i| self.workers[i].is_some()).collect()
     }
 
+    /// What it was given up for: one that did not answer in time is not one that is gone.
     fn given_up(&self, index: usize) -> DeviceError {
-        let why = self.quarantined[index].as_deref().unwrap_or("given up");
-        DeviceError::new(DeviceErrorKind::Lost, "device worker", why)
+        match &self.quarantined[index] {
+            Some((kind, why)) => DeviceError::new(kind.clone(), "device worker", why.clone()),
+            None => DeviceError::new(DeviceErrorKind::TimedOut, "device worker", "it was given up"),
+        }
+    }
+
+    /// Why nothing more is asked of a device, if that is so.
+    pub(super) fn why_quarantined(&self, index: usize) -> Option<String> {
+        self.quarantined[index].as_ref().map(|(_, why)| why.clone())
+    }
+
+    /// Drops what workers said in an earlier session.
+    pub(super) fn forget_events(&self) {
+        while self.events.try_recv().is_ok() {}
     }
 
     /// Leaves the device behind, with its worker.
     fn quarantine(&mut self, index: usize, kind: DeviceErrorKind, why: &str) -> DeviceError {
-        self.workers[index] = None;
-        self.note_quarantine(index, why);
+        if let Some(worker) = self.workers[index].take() {
+            worker.abandon();
+        }
+        self.note_quarantine(index, kind.clone(), why);
         DeviceError::new(kind, "device worker", why)
     }
 
-    fn note_quarantine(&mut self, index: usize, why: &str) {
+    fn note_quarantine(&mut self, index: usize, kind: DeviceErrorKind, why: &str) {
         if self.quarantined[index].is_none() {
-            self.quarantined[index] = Some(why.to_owned());
+            self.quarantined[index] = Some((kind, why.to_owned()));
             let device = self.ids[index].clone();
             tracing::warn!(device = %device, reason = why, "a device is given up");
             self.recorder.emit(&Event::Quarantined { device, reason: why.to_owned() });
@@ -338,7 +353,7 @@ impl Members {
         for (index, end) in recovered.iter().enumerate() {
             self.was_reset[index] |= end.was_reset;
             if let Fate::Quarantined { reason } = &end.fate {
-                self.note_quarantine(index, reason);
+                self.note_quarantine(index, DeviceErrorKind::Refused, reason);
             }
         }
         recovered
@@ -353,7 +368,7 @@ impl Members {
             match answer.and_then(|r| r) {
                 Ok(()) => self.was_reset[index] = true,
                 Err(error) => {
-                    self.note_quarantine(index, &format!("its reset failed: {error}"));
+                    self.note_quarantine(index, error.kind.clone(), &format!("its reset failed: {error}"));
                     failed.push((self.ids[index].clone(), error));
                 }
             }

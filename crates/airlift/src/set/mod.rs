@@ -192,7 +192,7 @@ fn reports(members: &Members) -> Vec<DeviceReport> {
                 precopy_bytes: status.precopy_bytes,
                 stop_copy_bytes: status.stop_copy_bytes,
                 transitions: members.recorder.transitions(&members.ids()[i]),
-                quarantined: members.quarantined[i].clone(),
+                quarantined: members.why_quarantined(i),
                 was_reset: members.was_reset[i],
             }
         })

@@ -3,6 +3,7 @@
 use crate::clock::Environment;
 use crate::event::{Event, Transition};
 use airlift_core::{DeviceId, DeviceState, Side, Timestamp};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,12 +19,27 @@ pub(crate) struct Recorder {
     pub(crate) side: Side,
     origin: Timestamp,
     transitions: Arc<Mutex<Vec<(DeviceId, Transition)>>>,
+    /// Set when a worker's device was given up: whatever it is in the middle of, it begins no more arc.
+    abandoned: Arc<AtomicBool>,
 }
 
 impl Recorder {
     pub(crate) fn new(environment: Environment, side: Side) -> Self {
         let origin = environment.clock.now();
-        Self { environment, side, origin, transitions: Arc::default() }
+        Self { environment, side, origin, transitions: Arc::default(), abandoned: Arc::default() }
+    }
+
+    /// The same record for one worker, with a flag of its own.
+    pub(super) fn of_worker(&self) -> Self {
+        Self { abandoned: Arc::default(), ..self.clone() }
+    }
+
+    pub(super) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
     }
 
     pub(crate) fn now(&self) -> Timestamp {

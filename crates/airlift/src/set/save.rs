@@ -9,7 +9,9 @@ use super::recorder::Recorder;
 use super::sink::{ChunkSink, SinkClosed, StreamFault};
 use super::worker::Step;
 use crate::control::DeviceGauges;
-use airlift_core::{DeviceError, DeviceErrorKind, DeviceState, Piece, PrecopyInfo, TransitionError};
+use airlift_core::{
+    DeviceError, DeviceErrorKind, DeviceState, Piece, PrecopyInfo, Timestamp, TransitionError,
+};
 use airlift_stream::{FrameBuf, RecordEncoder, StreamTotals};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +23,9 @@ const PRECOPY_READ: usize = 256 << 10;
 /// How long a device that had nothing is left alone. A poll of the data fd cannot replace it: most
 /// drivers do not implement one (V2-ENOMSG, V2-POLL).
 const DRAINED_WAIT: Duration = Duration::from_millis(10);
+
+/// How often a device that always has data is asked what it has left.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// How long a worker waits for room before it looks for calls.
 const ROOM_WAIT: Duration = Duration::from_millis(2);
@@ -75,6 +80,7 @@ pub(super) struct SaveStream {
     spare: Option<FrameBuf>,
     streaming: bool,
     reinit_pending: bool,
+    looked: Timestamp,
     status: Arc<Mutex<SaveStatus>>,
     gauges: Arc<crate::control::Gauges>,
 }
@@ -99,6 +105,7 @@ impl SaveStream {
             spare: None,
             streaming: false,
             reinit_pending: false,
+            looked: Timestamp::default(),
             status,
             gauges,
         }
@@ -186,7 +193,7 @@ impl Outgoing {
     }
 
     /// One step of pre-copy.
-    pub(super) fn step(&mut self) -> Result<Step, StreamFault> {
+    pub(super) fn step(&mut self, now: Timestamp) -> Result<Step, StreamFault> {
         if !self.stream.streaming {
             return Ok(Step::Parked);
         }
@@ -210,12 +217,16 @@ impl Outgoing {
                     let rest = len.saturating_sub(initial);
                     status.dirty_left = status.dirty_left.map(|left| left.saturating_sub(rest));
                 });
+                // A device that always has something is looked at too: its initial data may be complete.
+                if now.since(self.stream.looked) >= LOOK_EVERY {
+                    self.look(now, false)?;
+                }
                 Ok(Step::Again)
             }
             // A server that ends pre-copy early has nothing now; the end belongs to STOP_COPY.
             Piece::Drained | Piece::End => {
                 self.stream.spare = Some(buffer);
-                let info = self.look()?;
+                let info = self.look(now, true)?;
                 let more = info.is_some_and(|i| i.initial_bytes > 0 || i.dirty_bytes > 0);
                 Ok(if more { Step::Again } else { Step::Wait(DRAINED_WAIT) })
             }
@@ -223,7 +234,8 @@ impl Outgoing {
     }
 
     /// Asks the device what it has left, and closes a generation of initial data that is complete.
-    fn look(&mut self) -> Result<Option<PrecopyInfo>, StreamFault> {
+    fn look(&mut self, now: Timestamp, drained: bool) -> Result<Option<PrecopyInfo>, StreamFault> {
+        self.stream.looked = now;
         let info = self.saving.session.precopy_info()?;
         let size = self.saving.device.stop_copy_size()?;
         if info.is_some_and(|i| i.reinit) && !self.stream.reinit_pending {
@@ -234,12 +246,13 @@ impl Outgoing {
             status.initial_left = info.map(|i| i.initial_bytes);
             status.dirty_left = info.map(|i| i.dirty_bytes);
             status.stop_copy_size = size;
-            status.drained = true;
+            status.drained = drained;
         });
         tracing::trace!(name: "vfio_state_pending_exact", device = %self.saving.device.id(),
             stopcopy_size = size, precopy_init_size = info.map(|i| i.initial_bytes), precopy_dirty_size = info.map(|i| i.dirty_bytes));
         let status = *self.stream.status.lock().unwrap_or_else(PoisonError::into_inner);
-        let complete = info.is_none_or(|i| i.initial_bytes == 0);
+        // A device that cannot say has given its initial data when it has nothing for the first time.
+        let complete = info.map_or(drained, |i| i.initial_bytes == 0);
         if complete && status.sent_generation < status.generation {
             let mut buffer = self.stream.buffer_surely()?;
             let generation = self.stream.encoder.init_data_sent(&mut buffer)?;

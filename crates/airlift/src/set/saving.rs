@@ -3,12 +3,14 @@
 use super::members::{Members, SetError};
 use super::save::{Outgoing, SaveStatus, SaveStream};
 use super::sink::{ChunkSink, SetEvent, StreamFault};
-use super::worker::{Answer, Held, NoAnswer, Post, misuse};
+use super::worker::{Answer, Held, Post, misuse};
 use super::{DeviceSet, FailedSet, RolledBack, reports, roll_back};
 use crate::report::DeviceReport;
-use airlift_core::{DeviceId, DeviceState, PeerDma, QuiescePlan, ResetPolicy, StageKind};
+use airlift_core::{
+    DeviceError, DeviceErrorKind, DeviceId, DeviceState, PeerDma, QuiescePlan, ResetPolicy, StageKind,
+};
 use airlift_stream::StreamTotals;
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Select, TryRecvError};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,11 +26,12 @@ impl DeviceSet {
         sink: &Arc<dyn ChunkSink>,
         deadline: Duration,
     ) -> Result<SavingSet, Box<FailedSet>> {
+        self.members.forget_events();
         let states = self.members.states(deadline);
-        // Noted for every device that answers, also when another does not: a rollback brings each back
-        // to what it was, and one that ran must not be taken for one that did not.
+        // Noted for every device, also when one does not answer: a rollback brings each back to what it
+        // was, and one that ran must not be taken for one that did not.
         for (index, state) in &states {
-            self.members.ran_before[*index] = matches!(state, Ok(Ok(state)) if state.is_live());
+            self.members.ran_before[*index] = !matches!(state, Ok(Ok(state)) if !state.is_live());
         }
         if let Err(error) = self.members.all_ok(states) {
             return Err(FailedSet::new(self.members, error));
@@ -57,6 +60,7 @@ impl Post {
         gauges: Arc<crate::control::Gauges>,
         precopy: bool,
     ) -> Result<(), StreamFault> {
+        self.begin();
         let stream = SaveStream::new(self.index, sink, Arc::clone(&self.status), gauges);
         let running = self.state()? == DeviceState::Running;
         if !(precopy && running) {
@@ -263,14 +267,15 @@ impl StoppedSet {
     #[must_use]
     pub fn drain(self, configs: Vec<Option<Vec<u8>>>) -> Draining {
         let mut configs = configs.into_iter();
-        let answers = (0..self.members.len())
+        let drains = (0..self.members.len())
             .map(|index| {
                 let config = configs.next().flatten();
-                let worker = self.members.worker(index);
-                (index, worker.map(|w| w.ask(move |post: &mut Post| post.drain(config.as_deref()))))
+                self.members.worker(index).map_or(Drain::Nobody, |worker| {
+                    Drain::Running(worker.ask(move |post: &mut Post| post.drain(config.as_deref())))
+                })
             })
             .collect();
-        Draining { members: self.members, answers, totals: Vec::new() }
+        Draining { members: self.members, drains }
     }
 
     /// Every device back to what it was.
@@ -283,8 +288,15 @@ impl StoppedSet {
 /// Devices whose last data is being read and sent.
 pub struct Draining {
     members: Members,
-    answers: Vec<(usize, Option<Answer<Result<StreamTotals, StreamFault>>>)>,
-    totals: Vec<StreamTotals>,
+    drains: Vec<Drain>,
+}
+
+/// One device of a set that is being drained.
+enum Drain {
+    Running(Answer<Result<StreamTotals, StreamFault>>),
+    Done(StreamTotals),
+    /// The device was given up before.
+    Nobody,
 }
 
 impl fmt::Debug for Draining {
@@ -294,33 +306,46 @@ impl fmt::Debug for Draining {
 }
 
 impl Draining {
-    /// Waits for at most `wait`. `true`: every device has given everything.
+    /// Waits for at most `wait`. `true`: every device has given everything. A device that fails is seen
+    /// at once, whatever the others are doing.
     ///
     /// # Errors
     /// When a device failed.
     pub fn poll(&mut self, wait: Duration) -> Result<bool, SetError> {
         let until = Instant::now() + wait;
-        while let Some((index, answer)) = self.answers.get(self.totals.len()) {
-            let device = || self.members.ids()[*index].clone();
-            let lost = |why: &str| SetError::Device {
-                device: device(),
-                fault: StreamFault::Device(airlift_core::DeviceError::new(
-                    airlift_core::DeviceErrorKind::Lost,
-                    "device worker",
-                    why,
-                )),
-            };
-            let Some(answer) = answer else {
-                return Err(lost("it was given up"));
-            };
-            match answer.wait(until) {
-                Ok(Ok(totals)) => self.totals.push(totals),
-                Ok(Err(fault)) => return Err(SetError::Device { device: device(), fault }),
-                Err(NoAnswer::Late) => return Ok(false),
-                Err(NoAnswer::Dead) => return Err(lost("its worker has ended")),
+        loop {
+            let mut select = Select::new();
+            let mut running = Vec::new();
+            for (index, drain) in self.drains.iter().enumerate() {
+                match drain {
+                    Drain::Running(answer) => {
+                        select.recv(&answer.0);
+                        running.push(index);
+                    }
+                    Drain::Done(_) => {}
+                    Drain::Nobody => return Err(self.lost(index, "it was given up")),
+                }
+            }
+            if running.is_empty() {
+                return Ok(true);
+            }
+            let Ok(ready) = select.ready_deadline(until) else { return Ok(false) };
+            let index = running[ready];
+            let Drain::Running(answer) = &self.drains[index] else { continue };
+            match answer.0.try_recv() {
+                Ok(Ok(totals)) => self.drains[index] = Drain::Done(totals),
+                Ok(Err(fault)) => {
+                    return Err(SetError::Device { device: self.members.ids()[index].clone(), fault });
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return Err(self.lost(index, "its worker has ended")),
             }
         }
-        Ok(true)
+    }
+
+    fn lost(&self, index: usize, why: &str) -> SetError {
+        let error = DeviceError::new(DeviceErrorKind::Lost, "device worker", why);
+        SetError::Device { device: self.members.ids()[index].clone(), fault: StreamFault::Device(error) }
     }
 
     /// The set, when [`poll`](Self::poll) has said that all is drained.
@@ -328,10 +353,14 @@ impl Draining {
     /// # Errors
     /// Gives itself back while a device still drains.
     pub fn finish(self) -> Result<DrainedSet, Box<Self>> {
-        if self.totals.len() < self.members.len() {
-            return Err(Box::new(self));
+        let done = |drain: &Drain| match drain {
+            Drain::Done(totals) => Some(*totals),
+            Drain::Running(_) | Drain::Nobody => None,
+        };
+        match self.drains.iter().map(done).collect() {
+            Some(totals) => Ok(DrainedSet { members: self.members, totals }),
+            None => Err(Box::new(self)),
         }
-        Ok(DrainedSet { members: self.members, totals: self.totals })
     }
 
     /// Every device back to what it was. The sink must have been closed, so that no worker waits in it.

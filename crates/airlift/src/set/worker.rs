@@ -86,6 +86,12 @@ impl Post {
         };
     }
 
+    /// Forgets what an earlier session left: a set can be used again.
+    pub(super) fn begin(&mut self) {
+        self.failed = false;
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = SaveStatus::default();
+    }
+
     fn step(&mut self) -> Step {
         if self.failed {
             return Step::Parked;
@@ -93,7 +99,7 @@ impl Post {
         let Held::Saving(outgoing) = &mut self.held else {
             return Step::Parked;
         };
-        outgoing.step().unwrap_or_else(|error| self.fail(error))
+        outgoing.step(self.recorder.now()).unwrap_or_else(|error| self.fail(error))
     }
 
     fn take(&mut self, frame: InFrame) {
@@ -134,6 +140,7 @@ pub(super) struct Worker {
     interrupter: Interrupter,
     jobs: Sender<Job>,
     frames: Sender<InFrame>,
+    recorder: Recorder,
 }
 
 impl Worker {
@@ -147,6 +154,7 @@ impl Worker {
     ) -> Result<Self, SpawnError> {
         let (jobs, inbox) = unbounded::<Job>();
         let (frames, arriving) = unbounded::<InFrame>();
+        let recorder = recorder.of_worker();
         let status = Arc::new(Mutex::new(SaveStatus::default()));
         let worker = Self {
             id: device.id().clone(),
@@ -156,6 +164,7 @@ impl Worker {
             interrupter: device.interrupter(),
             jobs,
             frames,
+            recorder: recorder.clone(),
         };
         let post = Post {
             held: Held::Idle(Idle { device }),
@@ -199,13 +208,18 @@ impl Worker {
         self.interrupter.interrupt()
     }
 
+    /// Gives the device up: calls that wait are dropped, and the one under way begins no more arc.
+    pub(super) fn abandon(&self) {
+        self.recorder.abandon();
+    }
+
     pub(super) fn save_status(&self) -> SaveStatus {
         *self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// An answer that has not come yet.
-pub(super) struct Answer<R>(Receiver<R>);
+pub(super) struct Answer<R>(pub(super) Receiver<R>);
 
 /// No answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,11 +241,13 @@ impl<R> Answer<R> {
 
 fn run(mut post: Post, inbox: &Receiver<Job>, arriving: Receiver<InFrame>) {
     let mut frames = arriving;
-    loop {
+    while !post.recorder.is_abandoned() {
         let wait = match post.step() {
             Step::Again => match inbox.try_recv() {
                 Ok(job) => {
-                    job(&mut post);
+                    if !post.recorder.is_abandoned() {
+                        job(&mut post);
+                    }
                     continue;
                 }
                 Err(TryRecvError::Empty) => continue,
@@ -243,7 +259,8 @@ fn run(mut post: Post, inbox: &Receiver<Job>, arriving: Receiver<InFrame>) {
         let timeout = wait.map_or_else(never, crossbeam_channel::after);
         crossbeam_channel::select_biased! {
             recv(inbox) -> job => match job {
-                Ok(job) => job(&mut post),
+                Ok(job) if !post.recorder.is_abandoned() => job(&mut post),
+                Ok(_) => return,
                 Err(_) => return,
             },
             recv(frames) -> frame => match frame {

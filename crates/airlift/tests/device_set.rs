@@ -1,0 +1,250 @@
+//! A set of devices by itself: what a stuck, a failing and a lost device do to the others.
+
+use airlift::core::{
+    Capabilities, Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Fate,
+    Interrupter, LoadSession, MigrationDevice, PeerDma, Piece, PrecopyInfo, ResetPolicy, SaveSession,
+    Session, Side, TransitionError,
+};
+use airlift::set::{ChunkSink, Quiesce, SetError, SinkClosed, StreamFault};
+use airlift::{DeviceSet, Environment};
+use airlift_stream::FrameBuf;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// A device without hardware. Clones share it, so that a test can look at it from outside.
+#[derive(Clone)]
+struct Fake {
+    id: DeviceId,
+    identity: DeviceIdentity,
+    core: Arc<Mutex<Core>>,
+    /// The arc into this state waits until the test lets it go.
+    stuck: Option<(DeviceState, Receiver<()>)>,
+    /// Bytes that STOP_COPY gives; each read waits for a word of the test where there is one.
+    bytes: usize,
+    pace: Option<Receiver<()>>,
+    broken_read: bool,
+}
+
+struct Core {
+    state: DeviceState,
+    arcs: Vec<DeviceState>,
+    readable: bool,
+}
+
+impl Fake {
+    fn new(id: &str) -> Self {
+        Self {
+            id: DeviceId::new(id).unwrap(),
+            identity: DeviceIdentity::default(),
+            core: Arc::new(Mutex::new(Core {
+                state: DeviceState::Running,
+                arcs: Vec::new(),
+                readable: true,
+            })),
+            stuck: None,
+            bytes: 1000,
+            pace: None,
+            broken_read: false,
+        }
+    }
+
+    fn state_now(&self) -> DeviceState {
+        self.core.lock().unwrap().state
+    }
+}
+
+impl MigrationDevice for Fake {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::v2(7).unwrap()
+    }
+
+    fn identity(&self) -> &DeviceIdentity {
+        &self.identity
+    }
+
+    fn state(&mut self) -> Result<DeviceState, DeviceError> {
+        let core = self.core.lock().unwrap();
+        if core.readable {
+            Ok(core.state)
+        } else {
+            Err(DeviceError::new(DeviceErrorKind::Lost, "GET MIG_DEVICE_STATE", "gone"))
+        }
+    }
+
+    fn set_state(&mut self, target: DeviceState) -> Result<Option<Session>, TransitionError> {
+        if let Some((_, gate)) = self.stuck.as_ref().filter(|(state, _)| *state == target) {
+            let _ = gate.recv();
+        }
+        let mut core = self.core.lock().unwrap();
+        let from = core.state;
+        core.state = target;
+        core.arcs.push(target);
+        let opens = !from.is_saving() && target.is_saving();
+        Ok(if opens {
+            Some(Session::Save(Box::new(Reader { device: self.clone(), left: 10, read: 0 })))
+        } else if target == DeviceState::Resuming {
+            Some(Session::Load(Box::new(Nowhere)))
+        } else {
+            None
+        })
+    }
+
+    fn stop_copy_size(&mut self) -> Result<Option<u64>, DeviceError> {
+        Ok(Some(self.bytes as u64))
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.core.lock().unwrap().state = DeviceState::Running;
+        Ok(())
+    }
+
+    fn interrupter(&self) -> Interrupter {
+        Interrupter::unable()
+    }
+}
+
+struct Reader {
+    device: Fake,
+    left: usize,
+    read: usize,
+}
+
+impl SaveSession for Reader {
+    fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
+        Ok(Some(PrecopyInfo { initial_bytes: self.left as u64, ..PrecopyInfo::default() }))
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> Result<Piece, DeviceError> {
+        if self.device.state_now() != DeviceState::StopCopy {
+            let len = std::mem::take(&mut self.left);
+            return Ok(if len == 0 { Piece::Drained } else { Piece::Data { len, chunk: Chunk::Stream } });
+        }
+        if self.device.broken_read {
+            return Err(DeviceError::new(DeviceErrorKind::Lost, "read", "broken"));
+        }
+        if let Some(pace) = &self.device.pace {
+            let _ = pace.recv();
+        }
+        let len = buf.len().min(100).min(self.device.bytes - self.read);
+        self.read += len;
+        Ok(if len == 0 { Piece::End } else { Piece::Data { len, chunk: Chunk::Stream } })
+    }
+}
+
+struct Nowhere;
+
+impl LoadSession for Nowhere {
+    fn begin_chunk(&mut self, _total: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn write(&mut self, _data: &[u8]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn end_chunk(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// Takes every frame and keeps none.
+struct Drop(Sender<u32>);
+
+impl ChunkSink for Drop {
+    fn buffer(&self, _device: u32, _wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
+        Ok(Some(FrameBuf::new(4096)))
+    }
+    fn send(&self, device: u32, _frame: FrameBuf) -> Result<(), SinkClosed> {
+        self.0.send(device).map_err(|_| SinkClosed)
+    }
+}
+
+fn sink() -> (Arc<dyn ChunkSink>, Receiver<u32>) {
+    let (sent, frames) = unbounded();
+    (Arc::new(Drop(sent)), frames)
+}
+
+fn set(devices: &[&Fake]) -> DeviceSet {
+    let devices = devices.iter().map(|d| Box::new((*d).clone()) as Box<dyn MigrationDevice>).collect();
+    DeviceSet::new(devices, Side::Source, Environment::default()).unwrap()
+}
+
+#[test]
+fn a_set_that_was_rolled_back_can_be_migrated_again() {
+    let (a, b) = (Fake::new("a"), Fake::new("b"));
+    let mut devices = set(&[&a, &b]);
+    for attempt in 1..=3 {
+        let (sink, frames) = sink();
+        let saving = devices.start_saving(&sink, LONG).unwrap();
+        let until = Instant::now() + LONG;
+        // Initial data is closed in every attempt, not only in the first.
+        while saving.status().iter().any(|s| s.sent_generation < s.generation) {
+            assert!(Instant::now() < until, "attempt {attempt}: {:?}", saving.status());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(frames.try_iter().count() >= 4);
+        devices = saving.roll_back(ResetPolicy::Never, LONG).set;
+        assert_eq!((a.state_now(), b.state_now()), (DeviceState::Running, DeviceState::Running));
+    }
+}
+
+#[test]
+fn a_device_that_is_lost_at_the_start_does_not_stop_the_others() {
+    let (a, b) = (Fake::new("a"), Fake::new("b"));
+    a.core.lock().unwrap().readable = false;
+    let failed = set(&[&a, &b]).start_saving(&sink().0, LONG).unwrap_err();
+    let back = failed.roll_back(ResetPolicy::Never, LONG);
+    assert!(matches!(back.fates[0].fate, Fate::Quarantined { .. }));
+    assert_eq!(back.fates[1].fate, Fate::Running);
+    assert_eq!(b.core.lock().unwrap().arcs, [], "a device that nobody touched was walked");
+}
+
+#[test]
+fn a_stuck_device_is_given_up_by_name_and_makes_no_further_arc() {
+    let (release, gate) = bounded(1);
+    let good = Fake::new("good");
+    let mut stuck = Fake::new("stuck");
+    stuck.stuck = Some((DeviceState::PreCopyP2p, gate));
+    let (sink, _frames) = sink();
+    let saving = set(&[&good, &stuck]).start_saving(&sink, LONG).unwrap();
+    let short = Duration::from_millis(200);
+    let failed = saving.quiesce(Quiesce::default(), short).unwrap_err();
+    assert!(matches!(&failed.error, SetError::Device { device, .. } if device.as_str() == "stuck"));
+    let mut back = failed.roll_back(ResetPolicy::Never, short);
+    assert_eq!(back.fates[0].fate, Fate::Running);
+    assert_eq!(good.state_now(), DeviceState::Running);
+    // It was never said to be reset: it does not answer, and may still do what it was asked.
+    let refused = back.set.reset(short);
+    assert!(
+        refused.iter().any(|(id, error)| id.as_str() == "stuck" && error.kind == DeviceErrorKind::TimedOut)
+    );
+    release.send(()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let arcs = stuck.core.lock().unwrap().arcs.clone();
+    assert_eq!(arcs, [DeviceState::PreCopy, DeviceState::PreCopyP2p], "it went on after it was given up");
+}
+
+#[test]
+fn a_failure_while_draining_is_seen_although_another_device_is_slow() {
+    let (_never, pace) = bounded::<()>(0);
+    let mut slow = Fake::new("slow");
+    slow.pace = Some(pace);
+    let mut broken = Fake::new("broken");
+    broken.broken_read = true;
+    let (sink, _frames) = sink();
+    let saving = set(&[&slow, &broken]).start_saving(&sink, LONG).unwrap();
+    let (stopped, _) =
+        saving.quiesce(Quiesce { peer_dma: PeerDma::Possible, ..Quiesce::default() }, LONG).unwrap();
+    let mut draining = stopped.drain(vec![None, None]);
+    match draining.poll(LONG) {
+        Err(SetError::Device { device, fault: StreamFault::Device(_) }) => {
+            assert_eq!(device.as_str(), "broken");
+        }
+        other => panic!("{other:?}"),
+    }
+}
