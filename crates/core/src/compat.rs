@@ -313,12 +313,17 @@ fn compare_peer_dma(source: &Offer, destination: &Offer, report: &mut CompatRepo
     if lacking.iter().all(Vec::is_empty) {
         return;
     }
+    let mut all: Vec<_> = lacking.iter().flatten().map(DeviceId::as_str).collect();
+    all.sort_unstable();
+    all.dedup();
     let refused = lacking.iter().zip(declared).any(|(ids, declared)| !ids.is_empty() && !declared);
     let finding = if refused {
         Finding::refusal(None, "peer-dma")
-            .message(
-                "several devices, and those named have no P2P states: writes between devices could be lost",
-            )
+            .message(format!(
+                "several devices, and {} {} no P2P states: writes between devices could be lost",
+                all.join(", "),
+                if all.len() == 1 { "has" } else { "have" },
+            ))
             .advise("if the devices do not write to each other, say so with --assume-no-peer-dma")
     } else {
         Finding::info(None, "peer-dma")
