@@ -160,6 +160,8 @@ frame_types! {
     Ping = 0x11, "PING";
     /// Answers a PING.
     Pong = 0x12, "PONG";
+    /// The source has heard RUNNING: the destination need not say it again.
+    Done = 0x13, "DONE";
     /// Bytes of a device's stream of records.
     Device = 0x100, "DEVICE";
     /// A run of guest pages.
@@ -177,11 +179,12 @@ impl FrameType {
         matches!(self, Self::Device | Self::Pages | Self::Zero | Self::Record)
     }
 
-    /// The flags that a frame of this type is sent with: all but PING and PONG must be understood.
+    /// The flags that a frame of this type is sent with: all but PING, PONG and DONE, which only spare
+    /// the other side a wait, must be understood.
     #[must_use]
     pub const fn default_flags(self) -> FrameFlags {
         match self {
-            Self::Ping | Self::Pong => FrameFlags::empty(),
+            Self::Ping | Self::Pong | Self::Done => FrameFlags::empty(),
             _ => FrameFlags::MUST_UNDERSTAND,
         }
     }

@@ -22,6 +22,7 @@
 //! | ABANDONED | destination | | session: 16, JSON `airlift_core::Failure` |
 //! | CANCEL | both | | session: 16 |
 //! | PING, PONG | both | | number: u64 |
+//! | DONE | source | | session: 16 (W-DONE) |
 //!
 //! Session and token are 16 bytes in the order in which their 32 hexadecimal digits are written.
 //! A payload of fixed length has exactly that length. JSON is UTF-8, at most 1 MiB, with unknown
@@ -202,6 +203,11 @@ pub enum Message {
     Ping(u64),
     /// Answers PING with its number.
     Pong(u64),
+    /// The source has heard RUNNING. A receiver that does not know it waits a little longer (W-DONE).
+    Done {
+        /// The session.
+        session: SessionId,
+    },
 }
 
 impl Message {
@@ -227,6 +233,7 @@ impl Message {
             Self::Cancel { .. } => FrameType::Cancel,
             Self::Ping(_) => FrameType::Ping,
             Self::Pong(_) => FrameType::Pong,
+            Self::Done { .. } => FrameType::Done,
         }
     }
 
@@ -281,7 +288,10 @@ impl Message {
                 frame.extend_from_slice(&session.0.to_be_bytes());
                 frame.extend_from_slice(&token.0.to_be_bytes());
             }
-            Self::Resume { session } | Self::Commit { session } | Self::Cancel { session } => {
+            Self::Resume { session }
+            | Self::Commit { session }
+            | Self::Cancel { session }
+            | Self::Done { session } => {
                 frame.extend_from_slice(&session.0.to_be_bytes());
             }
             Self::Credit { device, frames } => {
@@ -353,6 +363,7 @@ impl Message {
             FrameType::Cancel => Self::Cancel { session: fields.session()? },
             FrameType::Ping => Self::Ping(fields.u64()?),
             FrameType::Pong => Self::Pong(fields.u64()?),
+            FrameType::Done => Self::Done { session: fields.session()? },
             FrameType::Device
             | FrameType::Pages
             | FrameType::Zero

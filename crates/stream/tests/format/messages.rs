@@ -115,6 +115,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         session().prop_map(|session| Message::Cancel { session }),
         any::<u64>().prop_map(Message::Ping),
         any::<u64>().prop_map(Message::Pong),
+        session().prop_map(|session| Message::Done { session }),
     ]
 }
 

@@ -127,6 +127,7 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         ("cancel", Message::Cancel { session }),
         ("ping", Message::Ping(0x0102_0304_0506_0708)),
         ("pong", Message::Pong(0x0102_0304_0506_0708)),
+        ("done", Message::Done { session }),
     ]
 }
 
