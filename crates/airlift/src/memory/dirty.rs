@@ -18,6 +18,8 @@ struct Domain {
 /// The map of dirty pages and everyone who reports into it.
 pub(crate) struct DirtyTracking {
     dirty: DirtyMap,
+    /// An empty map, given back by a sweep.
+    spare: Option<DirtyMap>,
     domains: Vec<Domain>,
     machine_failed: bool,
 }
@@ -48,7 +50,7 @@ impl DirtyTracking {
             domains.push(Domain { device, map, source });
         }
         dirty.mark_all();
-        Ok(Self { dirty, domains, machine_failed: false })
+        Ok(Self { spare: None, dirty, domains, machine_failed: false })
     }
 
     /// Fetches and clears every report.
@@ -104,11 +106,21 @@ impl DirtyTracking {
         self.dirty.dirty_bytes()
     }
 
-    /// Lends the map to a sweep.
+    /// Lends the map to a sweep. Only the first sweep makes a second map: it is not allocated in the
+    /// downtime.
     pub(crate) fn map(&mut self) -> DirtyMap {
-        let mut empty = self.dirty.clone();
-        empty.clear();
+        let empty = self.spare.take().unwrap_or_else(|| {
+            let mut empty = self.dirty.clone();
+            empty.clear();
+            empty
+        });
         std::mem::replace(&mut self.dirty, empty)
+    }
+
+    /// Takes the map of a finished sweep back, which has taken everything out of it.
+    pub(crate) fn recycle(&mut self, map: DirtyMap) {
+        debug_assert_eq!(map.dirty_bytes(), 0, "a sweep empties its map");
+        self.spare = Some(map);
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::control::Gauges;
 use crate::set::SinkClosed;
 use crate::spawn::{Role, SpawnError, Spawner};
-use crate::wire::outbound::Outbound;
+use crate::wire::outbound::{Cargo, Outbound};
 use airlift_core::{DirtyMap, Gpa, GpaRange};
 use airlift_memory::{GuestMemory, is_zero};
 use airlift_stream::FrameBuf;
@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Bytes of one run: small enough that copy, zero test and checksum find it in the cache.
+/// Bytes of one run: small enough that copy, zero test and checksum find it in the cache. A buffer for
+/// memory takes it whole.
 const RUN: u64 = 256 << 10;
 
 const PAGE_LEN: usize = 4096;
@@ -35,8 +36,8 @@ pub(crate) struct SweepStats {
     pub(crate) pages: u64,
 }
 
-/// A finished sweep: the map, which is empty unless the sweep failed, and what it moved.
-pub(crate) type Swept = Result<SweepStats, String>;
+/// A finished sweep: the map, which is empty again and can be used for the next, and what it moved.
+pub(crate) type Swept = Result<(DirtyMap, SweepStats), String>;
 
 /// The thread that sweeps.
 #[derive(Debug)]
@@ -104,12 +105,12 @@ impl Run<'_> {
         for runs in &mut zeroes {
             self.flush(runs)?;
         }
-        Ok(stats)
+        Ok((map, stats))
     }
 
     fn buffer(&self) -> Result<FrameBuf, String> {
         loop {
-            if let Some(mut buffer) = self.outbound.buffer(BUFFER_WAIT).map_err(closed)? {
+            if let Some(mut buffer) = self.outbound.buffer(Cargo::Memory, BUFFER_WAIT).map_err(closed)? {
                 buffer.clear();
                 return Ok(buffer);
             }
@@ -148,7 +149,7 @@ impl Run<'_> {
                 self.send(own, piece, stats)?;
             }
         }
-        self.outbound.give_back(buffer);
+        self.outbound.give_back(buffer, Cargo::Memory);
         Ok(())
     }
 

@@ -11,6 +11,7 @@
 mod commit;
 mod connect;
 mod negotiate;
+mod pace;
 mod precopy;
 mod quiesce;
 mod report;
@@ -54,8 +55,9 @@ pub struct Ended {
     pub report: MigrationReport,
     /// The machine.
     pub machine: Box<dyn Machine>,
-    /// The devices, without those that were given up. A device must be kept open for as long as the
-    /// guest uses it.
+    /// The devices, without those that were given up: as before after a rollback, in STOP after a
+    /// completed migration, held in STOP_COPY when it is in doubt who runs. A device must be kept open for
+    /// as long as the guest uses it, and for as long as it is in doubt: the last close resets it.
     pub devices: Vec<Box<dyn MigrationDevice>>,
 }
 

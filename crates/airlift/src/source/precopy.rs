@@ -1,12 +1,18 @@
 //! Precopy: rounds of dirty memory while devices send what they have, until the estimate of the
 //! downtime fits the limit and every generation of initial data is acknowledged.
+//!
+//! The estimate is made of what can be known while the guest runs: bytes left, the measured
+//! bandwidth ([`Pace`]), the last dirty sync, the round trip. A device that cannot say how much it has
+//! before it is stopped is not in it, and the report says so.
 
+use super::pace::Pace;
 use super::roll_back::Standing;
 use super::session::{Session, Wake};
 use super::setup::Moving;
 use crate::event::Event;
 use crate::memory::{Sweep, SweepStats};
 use crate::set::{SaveStatus, SavingSet, SetError, SetEvent, ms};
+use crate::wire::control::ControlLink;
 use airlift_core::{
     Convergence, ConvergenceConfig, Decision, DeviceLeft, DeviceTerms, DowntimeEstimate, EstimateInputs,
     Failure, Phase, Round, Side, Timestamp, rate,
@@ -18,11 +24,22 @@ use std::time::Duration;
 /// How long a round lasts at least: with nothing to send, the devices still get time.
 const SHORTEST_ROUND: Duration = Duration::from_millis(5);
 
-/// Below this many bytes a round says nothing about the bandwidth.
-const MEASURABLE: u64 = 1 << 20;
+/// How often the figures are judged for progress. Rounds can be as short as [`SHORTEST_ROUND`], and
+/// figures that have not changed within a few of those say nothing.
+const JUDGE_EVERY: Duration = Duration::from_millis(400);
 
-/// Rounds without progress that count as a stall. Rounds can be as short as [`SHORTEST_ROUND`].
-const STALL_ROUNDS: u32 = 30;
+/// Judgements without progress that count as a stall: 2 s at least.
+const STALL_ROUNDS: u32 = 5;
+
+/// After so long without a byte sent and with no memory to send, nothing will be measured before the
+/// stop.
+const NOTHING_COMES: Duration = Duration::from_millis(500);
+
+/// How often the round trip is measured.
+const PING_EVERY: Duration = Duration::from_secs(1);
+
+/// What a stop costs beside all that is measured: pause, journal writes, hand-overs between threads.
+const FIXED: Duration = Duration::from_millis(1);
 
 pub(super) fn run(
     session: &mut Session,
@@ -39,21 +56,44 @@ pub(super) fn run(
         policy: session.options.stall_policy,
         deadline: Some(deadline),
     });
-    let mut pace = Pace { sent: 0, at: session.now(), bandwidth: None };
+    let begun = session.now();
+    let mut known = Known { pace: Pace::new(begun), begun, synced: begun, sync: Duration::ZERO };
+    let mut judged: Option<Timestamp> = None;
+    let mut pinged: Option<Timestamp> = None;
     let mut round = 0;
     loop {
-        let Some(stats) = one_round(session, &set, &moving, round) else {
+        if pinged.is_none_or(|at| session.now().since(at) >= PING_EVERY) {
+            pinged = Some(session.now());
+            if let Some(link) = &session.link {
+                // A connection that cannot be written to fails at its next read or write.
+                let _ = link.ping();
+            }
+        }
+        let Some(swept) = one_round(session, &set, &moving, round) else {
             return Err(Standing::Saving(set));
         };
-        let taken = session.figures.swept(round, stats);
-        let begun = pace.at;
-        pace.measure(moving.sink.outbound().bytes_sent(), session.now());
-        if let Err(failure) = sync(session) {
+        let taken = session.figures.swept(round, swept.stats);
+        known.pace.add(moving.sink.outbound().bytes_sent(), swept.busy, session.now());
+        let last = known.synced;
+        if let Err(failure) = sync(session, &mut known) {
             session.fail(failure);
             return Err(Standing::Saving(set));
         }
-        let figures = judge(session, &set, pace.bandwidth, begun);
+        let status = set.status();
+        if let Some(device) = acknowledged_too_much(session, &status) {
+            session.unexpected(&device);
+            return Err(Standing::Saving(set));
+        }
+        let figures = judge(session, &set, &status, &moving, &known, last);
         report(session, round, taken, &figures);
+        let now = figures.now;
+        let fits = figures.estimate.fits(session.options.downtime_limit)
+            && figures.devices.iter().all(|d| d.acknowledged);
+        if !fits && now < deadline && judged.is_some_and(|at| now.since(at) < JUDGE_EVERY) {
+            round += 1;
+            continue;
+        }
+        judged = Some(now);
         match convergence.round(&figures) {
             Decision::Continue => {}
             Decision::Switch { forced } => {
@@ -80,30 +120,66 @@ pub(super) fn run(
         round += 1;
     }
     session.figures.rounds = round + 1;
+    note_what_is_not_known(session, &set, &known, &moving);
     tracing::info!(rounds = session.figures.rounds, "pre-copy has ended");
     Ok((set, moving))
 }
 
-/// What the connections carry.
-struct Pace {
-    sent: u64,
-    at: Timestamp,
-    bandwidth: Option<u64>,
+/// What is known of a stop before it is made.
+struct Known {
+    pace: Pace,
+    begun: Timestamp,
+    /// The last dirty sync: when, and how long it took.
+    synced: Timestamp,
+    sync: Duration,
 }
 
-impl Pace {
-    fn measure(&mut self, sent: u64, now: Timestamp) {
-        let bytes = sent.saturating_sub(self.sent);
-        if bytes >= MEASURABLE {
-            self.bandwidth = rate(bytes, now.since(self.at)).or(self.bandwidth);
-        }
-        self.sent = sent;
-        self.at = now;
+impl Known {
+    /// Nothing has been sent and nothing is there to be sent while the guest runs, so that the
+    /// bandwidth stays unknown.
+    fn is_silent(&self, now: Timestamp, memory_bytes: u64) -> bool {
+        memory_bytes == 0 && self.pace.is_unused() && now.since(self.begun) >= NOTHING_COMES
     }
 }
 
+/// A device of which nothing is known before it is stopped.
+fn is_unsized(status: &SaveStatus) -> bool {
+    status.stop_copy_size.is_none() && status.initial_left.is_none() && status.dirty_left.is_none()
+}
+
+fn note_what_is_not_known(session: &mut Session, set: &SavingSet, known: &Known, moving: &Moving) {
+    let status = set.status();
+    for (id, _) in set.ids().iter().zip(&status).filter(|(_, s)| is_unsized(s)) {
+        session.figures.notes.push(format!(
+            "{id}: its size cannot be told before the stop; the downtime limit does not cover it"
+        ));
+    }
+    let memory_bytes = session.undo.tracking.as_ref().map_or(0, |t| t.dirty_bytes());
+    let left = (0..).zip(&status).any(|(i, s)| s.bytes_left() > 0 || moving.sink.in_flight(i) > 0);
+    if left && known.is_silent(session.now(), memory_bytes) {
+        session.figures.notes.push(
+            "nothing could be sent before the stop, so that the bandwidth is not known; the downtime limit does not cover the devices' data".into(),
+        );
+    }
+}
+
+/// An acknowledgement of initial data that was not announced; the message that broke the rule.
+fn acknowledged_too_much(session: &Session, status: &[SaveStatus]) -> Option<Message> {
+    (0..)
+        .zip(session.acknowledged.iter().zip(status))
+        .find(|(_, (acked, s))| **acked > s.generation)
+        .map(|(device, (generation, _))| Message::InitAck { device, generation: *generation })
+}
+
+/// What a round has done.
+struct RoundDone {
+    stats: SweepStats,
+    /// How long the connections had all that they could take.
+    busy: Duration,
+}
+
 /// Sends what is dirty. `None`: the migration has failed.
-fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32) -> Option<SweepStats> {
+fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32) -> Option<RoundDone> {
     session.control.gauges.round.store(round, Ordering::Relaxed);
     let begun = session.now();
     let tracking = session.undo.tracking.as_mut();
@@ -115,20 +191,30 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
     };
     let events = set.events();
     let mut stats = sweep.is_none().then(SweepStats::default);
+    let mut sweeping = Duration::ZERO;
     loop {
         let rest = SHORTEST_ROUND.saturating_sub(session.now().since(begun));
         if let Some(stats) = stats
             && rest.is_zero()
         {
-            session.send(&Message::RoundEnd { round });
-            return Some(stats);
+            if sweep.is_some() {
+                session.send(&Message::RoundEnd { round });
+            }
+            let full = moving.sink.is_full();
+            return Some(RoundDone { stats, busy: if full { session.now().since(begun) } else { sweeping } });
         }
         let patience = if stats.is_some() { rest } else { Duration::from_secs(1) };
         let result = if stats.is_some() { None } else { sweep.as_ref().map(Sweep::result) };
         match session.wait(Some(&events), result, patience) {
             Wake::Message(message) => session.unexpected(&message),
             Wake::Set(event) => fail_on(session, set, event),
-            Wake::Other(Some(Ok(swept))) => stats = Some(swept),
+            Wake::Other(Some(Ok((map, swept)))) => {
+                stats = Some(swept);
+                sweeping = session.now().since(begun);
+                if let Some(tracking) = &mut session.undo.tracking {
+                    tracking.recycle(map);
+                }
+            }
             Wake::Other(Some(Err(error))) => memory_failed(session, &error),
             Wake::Other(None) => memory_failed(session, "its thread has ended"),
             Wake::Time => {}
@@ -152,28 +238,45 @@ fn fail_on(session: &mut Session, set: &SavingSet, event: SetEvent) {
     let SetEvent::Failed { device, error } = event else { return };
     let Some(id) = usize::try_from(device).ok().and_then(|i| set.ids().get(i)) else { return };
     let error = SetError::Device { device: id.clone(), fault: error };
-    session.fail(error.into_failure(Side::Source, Phase::Precopy));
+    session.fail_set(Phase::Precopy, error);
 }
 
-fn sync(session: &mut Session) -> Result<(), Failure> {
-    let Some(tracking) = &mut session.undo.tracking else { return Ok(()) };
-    tracking
-        .sync(&mut *session.machine)
-        .map_err(|e| Failure::new(Side::Source, Phase::Precopy, format!("dirty tracking: {e}")))
+fn sync(session: &mut Session, known: &mut Known) -> Result<(), Failure> {
+    let begun = session.now();
+    if let Some(tracking) = &mut session.undo.tracking {
+        tracking
+            .sync(&mut *session.machine)
+            .map_err(|e| Failure::new(Side::Source, Phase::Precopy, format!("dirty tracking: {e}")))?;
+    }
+    known.synced = session.now();
+    known.sync = known.synced.since(begun);
+    Ok(())
 }
 
-fn judge(session: &Session, set: &SavingSet, bandwidth: Option<u64>, begun: Timestamp) -> Round {
+fn judge(
+    session: &Session,
+    set: &SavingSet,
+    status: &[SaveStatus],
+    moving: &Moving,
+    known: &Known,
+    last: Timestamp,
+) -> Round {
     let now = session.now();
     let memory_bytes = session.undo.tracking.as_ref().map_or(0, |t| t.dirty_bytes());
-    let status = set.status();
-    let left = |s: &SaveStatus, i: usize| DeviceLeft {
-        id: set.ids()[i].clone(),
-        bytes: s.bytes_left(),
-        acknowledged: session.acknowledged.get(i).is_some_and(|a| *a >= s.generation),
-    };
-    let terms = |s: &SaveStatus, i: usize| DeviceTerms {
-        id: set.ids()[i].clone(),
-        stop_copy_bytes: s.bytes_left(),
+    let bandwidth = known.pace.bandwidth();
+    let left: Vec<_> = (0..)
+        .zip(set.ids().iter().zip(status))
+        .enumerate()
+        .map(|(i, (device, (id, s)))| DeviceLeft {
+            id: id.clone(),
+            // What the destination has not written yet is still to be done.
+            bytes: s.bytes_left().saturating_add(moving.sink.in_flight(device)),
+            acknowledged: session.acknowledged.get(i).is_some_and(|a| *a >= s.generation),
+        })
+        .collect();
+    let terms = |left: &DeviceLeft| DeviceTerms {
+        id: left.id.clone(),
+        stop_copy_bytes: if known.is_silent(now, memory_bytes) { 0 } else { left.bytes },
         initial_bytes: 0,
         dirty_bytes: 0,
         quiesce: Duration::ZERO,
@@ -181,20 +284,20 @@ fn judge(session: &Session, set: &SavingSet, bandwidth: Option<u64>, begun: Time
     };
     let estimate = DowntimeEstimate::new(&EstimateInputs {
         memory_dirty_bytes: memory_bytes,
-        devices: status.iter().enumerate().map(|(i, s)| terms(s, i)).collect(),
+        devices: left.iter().map(terms).collect(),
         bandwidth,
-        final_dirty_sync: Duration::ZERO,
-        fixed: Duration::ZERO,
-        round_trip: Duration::ZERO,
+        final_dirty_sync: known.sync,
+        fixed: FIXED,
+        round_trip: session.link.as_ref().and_then(ControlLink::round_trip).unwrap_or_default(),
         round_trips: 2,
     });
     Round {
         now,
         memory_bytes,
-        devices: status.iter().enumerate().map(|(i, s)| left(s, i)).collect(),
+        devices: left,
         estimate,
         bandwidth,
-        memory_dirty_rate: rate(memory_bytes, now.since(begun)),
+        memory_dirty_rate: rate(memory_bytes, now.since(last)),
     }
 }
 

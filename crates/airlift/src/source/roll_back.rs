@@ -1,6 +1,7 @@
-//! The way back: every device to what it was, in P2P order; then logging off, access open, the
-//! interrupts that were drained given back, vCPUs resumed. Only when all of that is done does the
-//! protocol hear of it, and only then is an outcome published (I18).
+//! The way back: every device to what it was, in P2P order; then what was shared taken back, access
+//! open, the interrupts that were drained given back, vCPUs resumed, and logging off, which the guest
+//! need not wait for. Only when all of that is done does the protocol hear of it, and only then is an
+//! outcome published (I18).
 
 use super::Ended;
 use super::session::Session;
@@ -79,9 +80,6 @@ fn revive_machine(session: &mut Session) {
             troubles.push(format!("{what}: {error}"));
         }
     };
-    if let Some(mut tracking) = undo.tracking {
-        tracking.stop(&mut *session.machine);
-    }
     if undo.released {
         note("what both sides share could not be taken back", session.machine.reclaim_shared());
     }
@@ -94,6 +92,9 @@ fn revive_machine(session: &mut Session) {
     if let Some(paused) = undo.paused_at {
         note("the guest does not run", session.machine.resume());
         session.figures.blackout = Some(session.now().since(paused));
+    }
+    if let Some(mut tracking) = undo.tracking {
+        tracking.stop(&mut *session.machine);
     }
     for trouble in troubles {
         let failure = Failure::new(Side::Source, Phase::Quiesce, format!("rollback: {trouble}"));

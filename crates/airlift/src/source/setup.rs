@@ -45,7 +45,7 @@ pub(super) fn run(
     match set.start_saving(&sink, session.options.deadlines.setup) {
         Ok(set) => Ok((set, moving)),
         Err(failed) => {
-            session.fail(failed.error.clone().into_failure(Side::Source, Phase::Setup));
+            session.fail_set(Phase::Setup, failed.error.clone());
             Err(Standing::Failed(failed))
         }
     }
@@ -60,10 +60,8 @@ fn prepare(session: &mut Session, agreed: Agreed) -> Result<Moving, Failure> {
     });
     let spawner = Arc::clone(&session.recorder.environment.spawner);
     let body = usize::try_from(agreed.max_payload.saturating_sub(FRAME_OVERHEAD)).unwrap_or(0);
-    // Each device's worker and the sweeper fill one buffer at a time, the sweeper two when it cuts.
-    let fillers = session.ids.len() + 2;
-    let outbound =
-        Outbound::new(agreed.data, body, fillers, &*spawner, &on_loss).map_err(|e| fail(e.to_string()))?;
+    let outbound = Outbound::new(agreed.data, body, session.ids.len(), &*spawner, &on_loss)
+        .map_err(|e| fail(e.to_string()))?;
     let sink = Arc::new(CreditedSink::new(outbound.clone(), &agreed.room));
     // The reader of the control connection finds it there from now on.
     if session.sink.set(Arc::clone(&sink)).is_err() {
@@ -73,7 +71,15 @@ fn prepare(session: &mut Session, agreed: Agreed) -> Result<Moving, Failure> {
     let gauges = &session.control.gauges;
     gauges.memory_total.store(memory_bytes, std::sync::atomic::Ordering::Relaxed);
     let sweeper = match agreed.memory {
-        MachineMemory::External => None,
+        MachineMemory::External => {
+            for (device, _) in session.ids.iter().zip(&session.dirty_sources).filter(|(_, s)| s.is_some()) {
+                let note = format!(
+                    "{device}: its dirty log was given to the engine, which does not use it: the VMM moves memory"
+                );
+                session.figures.notes.push(note);
+            }
+            None
+        }
         MachineMemory::Engine(memory) => {
             let sources = std::mem::take(&mut session.dirty_sources);
             let domains =

@@ -8,14 +8,18 @@ use crate::interrupts;
 use crate::machine::{MachineRecord, RecordOwner};
 use crate::memory::Sweep;
 use crate::set::{DrainedSet, Draining, StoppedSet};
-use airlift_core::{Failure, Phase, Side};
-use airlift_stream::Message;
-use airlift_stream::machine_record::{RecordRef, seal_record};
+use crate::wire::outbound::Cargo;
+use airlift_core::{Errno, Failure, Phase, Side};
+use airlift_stream::machine_record::{ENGINE_PREFIX, RecordRef, seal_record};
 use airlift_stream::message::Trailer;
+use airlift_stream::{FrameBuf, Message};
 use std::time::Duration;
 
 /// How long to look at the devices before the inbox is looked at again.
 const GLANCE: Duration = Duration::from_millis(1);
+
+/// How long the VMM's transfer of memory is waited for at a time.
+const BARRIER_SLICE: Duration = Duration::from_millis(100);
 
 pub(super) fn run(session: &mut Session, set: StoppedSet, moving: Moving) -> Result<DrainedSet, Standing> {
     if !session.enter(Phase::StopCopy) {
@@ -41,8 +45,7 @@ pub(super) fn run(session: &mut Session, set: StoppedSet, moving: Moving) -> Res
                 }
             },
             RecordOwner::Machine => {
-                if let Err(failure) = send_record(&moving, position, &record) {
-                    session.fail(failure);
+                if !send_record(session, &moving, position, &record) {
                     return Err(Standing::Stopped(set));
                 }
                 position += 1;
@@ -55,11 +58,8 @@ pub(super) fn run(session: &mut Session, set: StoppedSet, moving: Moving) -> Res
         }
         _ => None,
     };
-    let set = drain(session, set.drain(configs), sweep.as_ref(), begun)?;
-    if moving.sweeper.is_none()
-        && let Err(error) = session.machine.external_memory_barrier(session.options.deadlines.stop_copy)
-    {
-        session.fail_machine(Phase::StopCopy, &error);
+    let set = drain(session, set.drain(configs), sweep, begun)?;
+    if moving.sweeper.is_none() && !external_memory(session) {
         return Err(Standing::Drained(set));
     }
     finish_streams(session, set, &moving)
@@ -82,6 +82,11 @@ fn records_and_sync(session: &mut Session) -> Result<Vec<MachineRecord>, Failure
     let pending = session.machine.drain_interrupts().map_err(machine_failed)?;
     session.undo.pending.clone_from(&pending);
     let mut records = session.machine.save_records().map_err(machine_failed)?;
+    if records.iter().any(|r| r.owner == RecordOwner::Machine && r.name.starts_with(ENGINE_PREFIX)) {
+        return Err(fail(format!(
+            "the machine saved a record whose name begins with {ENGINE_PREFIX}: those are the engine's own"
+        )));
+    }
     if let Some(record) = interrupts::record(&pending).map_err(fail)? {
         records.push(record);
     }
@@ -103,18 +108,46 @@ fn final_sync(session: &mut Session) -> Result<(), Failure> {
     Ok(())
 }
 
-fn send_record(moving: &Moving, position: u64, record: &MachineRecord) -> Result<(), Failure> {
-    let outbound = moving.sink.outbound();
-    let closed = |_| fail("the data connections are closed".into());
-    let mut buffer = loop {
-        if let Some(buffer) = outbound.buffer(Duration::from_millis(100)).map_err(closed)? {
-            break buffer;
+/// Sends a record of the machine. `false`: the migration has failed.
+fn send_record(session: &mut Session, moving: &Moving, position: u64, record: &MachineRecord) -> bool {
+    // Of its own size: a record can be larger than what pages and devices are sent in.
+    let mut buffer = FrameBuf::new(2 + record.name.len() + record.data.len());
+    let sealed = seal_record(&mut buffer, RecordRef { name: &record.name, data: &record.data }, position);
+    if let Err(error) = sealed {
+        session.fail(fail(format!("the record {}: {error}", record.name)));
+        return false;
+    }
+    if moving.sink.outbound().send_anywhere(buffer, Cargo::Once).is_err() {
+        lost(session, "the data connections are closed");
+        return false;
+    }
+    true
+}
+
+/// Waits for the VMM's own transfer of memory, in slices: a cancel, the other side and the deadline
+/// are looked at in between. `false`: the migration has failed.
+fn external_memory(session: &mut Session) -> bool {
+    let begun = session.now();
+    let until = begun.after(session.options.deadlines.stop_copy);
+    loop {
+        let now = session.now();
+        let left = until.since(now);
+        match session.machine.external_memory_barrier(left.min(BARRIER_SLICE)) {
+            Ok(()) => break,
+            // This slice is over, the transfer goes on.
+            Err(error) if error.errno == Some(Errno::ETIMEDOUT) && left > BARRIER_SLICE => {}
+            Err(error) => {
+                session.fail_machine(Phase::StopCopy, &error);
+                return false;
+            }
         }
-    };
-    buffer.clear();
-    seal_record(&mut buffer, RecordRef { name: &record.name, data: &record.data }, position)
-        .map_err(|e| fail(format!("the record {}: {e}", record.name)))?;
-    outbound.send_anywhere(buffer).map_err(closed)
+        session.catch_up();
+        if session.fallen() {
+            return false;
+        }
+    }
+    session.figures.memory_tail += session.now().since(begun);
+    true
 }
 
 /// Waits until devices and memory have given everything. The first to end has its whole time as a
@@ -122,16 +155,16 @@ fn send_record(moving: &Moving, position: u64, record: &MachineRecord) -> Result
 fn drain(
     session: &mut Session,
     mut draining: Draining,
-    sweep: Option<&Sweep>,
+    sweep: Option<Sweep>,
     begun: airlift_core::Timestamp,
 ) -> Result<DrainedSet, Standing> {
     let mut memory_done = sweep.is_none().then_some(begun);
     let mut devices_done = None;
     while memory_done.is_none() || devices_done.is_none() {
-        let result = if memory_done.is_none() { sweep.map(Sweep::result) } else { None };
+        let result = if memory_done.is_none() { sweep.as_ref().map(Sweep::result) } else { None };
         let patience = if devices_done.is_none() { Duration::ZERO } else { Duration::from_secs(1) };
         match session.wait(None, result, patience) {
-            Wake::Other(Some(Ok(stats))) => {
+            Wake::Other(Some(Ok((_, stats)))) => {
                 memory_done = Some(session.now());
                 session.figures.swept(session.figures.rounds, stats);
             }
@@ -149,11 +182,7 @@ fn drain(
                 Ok(true) => devices_done = Some(session.now()),
                 Ok(false) => {}
                 Err(error) => {
-                    // A closed way has its reason elsewhere, and that comes first.
-                    session.catch_up();
-                    if !session.fallen() {
-                        session.fail(error.into_failure(Side::Source, Phase::StopCopy));
-                    }
+                    session.fail_set(Phase::StopCopy, error);
                     return Err(Standing::Draining(draining));
                 }
             }
@@ -191,11 +220,16 @@ fn finish_streams(session: &mut Session, set: DrainedSet, moving: &Moving) -> Re
         lost(session, "the data connections are closed");
         return Err(Standing::Drained(set));
     }
-    while !moving.sink.outbound().is_finished() {
-        match session.wait::<()>(None, None, GLANCE) {
-            Wake::Set(_) | Wake::Other(_) | Wake::Time => {}
+    loop {
+        match session.wait(None, Some(moving.sink.outbound().finished()), Duration::from_secs(1)) {
+            Wake::Other(Some(())) => break,
+            Wake::Other(None) => lost(session, "the data connections are closed"),
+            Wake::Set(_) | Wake::Time => {}
             Wake::Message(other) => session.unexpected(&other),
             Wake::Ordered => return Err(Standing::Drained(set)),
+        }
+        if session.fallen() {
+            return Err(Standing::Drained(set));
         }
     }
     session.figures.all_sent = true;

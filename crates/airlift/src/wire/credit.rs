@@ -4,9 +4,10 @@
 //! reader of a data connection therefore never waits for one device while frames of another stand
 //! behind it.
 
-use super::outbound::Outbound;
+use super::outbound::{Cargo, Outbound};
 use crate::set::{ChunkSink, SinkClosed};
 use airlift_stream::FrameBuf;
+use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,15 +21,37 @@ pub(crate) struct CreditedSink {
 
 #[derive(Debug)]
 struct Room {
-    frames: Vec<u64>,
+    devices: Vec<DeviceRoom>,
     closed: bool,
+}
+
+impl Room {
+    fn device(&mut self, device: u32) -> Option<&mut DeviceRoom> {
+        self.devices.get_mut(usize::try_from(device).ok()?)
+    }
+}
+
+#[derive(Debug, Default)]
+struct DeviceRoom {
+    /// Frames that may still be sent.
+    frames: u64,
+    /// Lengths of the frames that were sent and for which no credit has come back: credit comes back in
+    /// the order of the frames. As many as the destination gave room for at most.
+    sent: VecDeque<u64>,
+    in_flight: u64,
 }
 
 impl CreditedSink {
     pub(crate) fn new(outbound: Outbound, room: &[u32]) -> Self {
         Self {
             outbound,
-            room: Mutex::new(Room { frames: room.iter().map(|f| u64::from(*f)).collect(), closed: false }),
+            room: Mutex::new(Room {
+                devices: room
+                    .iter()
+                    .map(|frames| DeviceRoom { frames: u64::from(*frames), ..DeviceRoom::default() })
+                    .collect(),
+                closed: false,
+            }),
             more: Condvar::new(),
         }
     }
@@ -41,12 +64,32 @@ impl CreditedSink {
     /// The destination has room for `frames` more. `false`: there is no such device.
     pub(crate) fn credit(&self, device: u32, frames: u32) -> bool {
         let mut room = self.room();
-        let Some(count) = usize::try_from(device).ok().and_then(|i| room.frames.get_mut(i)) else {
-            return false;
-        };
-        *count = count.saturating_add(u64::from(frames));
+        let Some(own) = room.device(device) else { return false };
+        own.frames = own.frames.saturating_add(u64::from(frames));
+        for _ in 0..frames {
+            let Some(length) = own.sent.pop_front() else { break };
+            own.in_flight = own.in_flight.saturating_sub(length);
+        }
         self.more.notify_all();
         true
+    }
+
+    /// Room that was taken and not used.
+    fn return_room(&self, device: u32) {
+        if let Some(own) = self.room().device(device) {
+            own.frames = own.frames.saturating_add(1);
+        }
+        self.more.notify_all();
+    }
+
+    /// Bytes of `device` that were sent and that the destination has not said to have written.
+    pub(crate) fn in_flight(&self, device: u32) -> u64 {
+        self.room().device(device).map_or(0, |own| own.in_flight)
+    }
+
+    /// The connections have all that they can take, or the destination all that it can take of a device.
+    pub(crate) fn is_full(&self) -> bool {
+        self.outbound.is_busy() || self.room().devices.iter().any(|own| own.frames == 0)
     }
 
     /// Wakes everyone who waits for room; nothing is sent any more.
@@ -61,15 +104,14 @@ impl CreditedSink {
     }
 
     fn take_room(&self, device: u32, until: Instant) -> Result<bool, SinkClosed> {
-        let index = usize::try_from(device).map_err(|_| SinkClosed)?;
         let mut room = self.room();
         loop {
             if room.closed {
                 return Err(SinkClosed);
             }
-            let count = room.frames.get_mut(index).ok_or(SinkClosed)?;
-            if *count > 0 {
-                *count -= 1;
+            let own = room.device(device).ok_or(SinkClosed)?;
+            if own.frames > 0 {
+                own.frames -= 1;
                 return Ok(true);
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -87,16 +129,21 @@ impl ChunkSink for CreditedSink {
         if !self.take_room(device, until)? {
             return Ok(None);
         }
-        match self.outbound.buffer(until.saturating_duration_since(Instant::now())) {
+        match self.outbound.buffer(Cargo::Device, until.saturating_duration_since(Instant::now())) {
             Ok(Some(buffer)) => Ok(Some(buffer)),
             refused => {
-                self.credit(device, 1);
+                self.return_room(device);
                 refused
             }
         }
     }
 
-    fn send(&self, _device: u32, frame: FrameBuf) -> Result<(), SinkClosed> {
-        self.outbound.send_anywhere(frame)
+    fn send(&self, device: u32, frame: FrameBuf) -> Result<(), SinkClosed> {
+        let length = frame.sealed().map_or(0, |whole| whole.len() as u64);
+        if let Some(own) = self.room().device(device) {
+            own.sent.push_back(length);
+            own.in_flight = own.in_flight.saturating_add(length);
+        }
+        self.outbound.send_anywhere(frame, Cargo::Device)
     }
 }

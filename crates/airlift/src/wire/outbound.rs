@@ -1,7 +1,9 @@
 //! Data frames out: one sending thread for each data connection, fed by a short queue.
 //!
 //! Buffers are used again: whoever fills one waits until a sender has let go of one, which is what
-//! bounds memory on this side. A frame that is queued is complete with header and checksum.
+//! bounds memory on this side. Device data and memory have buffers of their own: the destination's
+//! receive budget bounds the size of device frames alone. A frame that is queued is complete with
+//! header and checksum.
 
 use super::frames::{WireError, write_all};
 use crate::link::Stream;
@@ -20,15 +22,91 @@ use std::time::Duration;
 /// Frames that wait for one connection at most.
 const QUEUE: usize = 2;
 
-/// Buffers for each connection: those that wait, one being sent, one being filled.
-const BUFFERS: usize = QUEUE + 2;
+/// Bytes of all buffers for device data together, and of all buffers for memory: half of what this
+/// side spends on sending, however many connections and devices there are.
+const HALF_BUDGET: usize = 16 << 20;
+
+/// The largest body of a memory frame: what one run of the sweep takes.
+const MEMORY_BODY: usize = 256 << 10;
+
+/// The smallest body of a device frame, unless the destination asks for less.
+const LEAST_BODY: usize = 64 << 10;
+
+/// What a buffer is filled with, and so where it belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cargo {
+    /// A frame of a device: no larger than the destination's receive budget allows.
+    Device,
+    /// A frame of guest memory.
+    Memory,
+    /// A frame of its own size, made for one use. It is dropped after that.
+    Once,
+}
 
 /// Says that a data connection has failed.
 pub(crate) type OnLoss = Arc<dyn Fn(usize, WireError) + Send + Sync>;
 
 enum Item {
-    Frame(FrameBuf),
+    Frame(FrameBuf, Cargo),
     Final,
+}
+
+/// Buffers that nobody uses, of one size.
+#[derive(Clone)]
+struct Shelf {
+    free: Receiver<FrameBuf>,
+    back: Sender<FrameBuf>,
+}
+
+impl Shelf {
+    fn new(count: usize, body: usize) -> Self {
+        let (back, free) = bounded(count);
+        for _ in 0..count {
+            // The channel has room for all of them.
+            let _ = back.send(FrameBuf::new(body));
+        }
+        Self { free, back }
+    }
+}
+
+#[derive(Clone)]
+struct Shelves {
+    device: Shelf,
+    memory: Shelf,
+}
+
+impl Shelves {
+    fn give_back(&self, mut buffer: FrameBuf, cargo: Cargo) {
+        buffer.clear();
+        let shelf = match cargo {
+            Cargo::Device => &self.device,
+            Cargo::Memory => &self.memory,
+            Cargo::Once => return,
+        };
+        // The channel has room for every buffer there is.
+        let _ = shelf.back.try_send(buffer);
+    }
+}
+
+/// How many buffers there are, and how large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stock {
+    device_count: usize,
+    device_body: usize,
+    memory_count: usize,
+}
+
+impl Stock {
+    /// For so many connections and devices, with device frames of at most `largest` bytes. Each device
+    /// can hold one buffer that it fills and the sweep two, so that there is always one more than can
+    /// be held: nobody waits for ever.
+    fn of(lanes: usize, devices: usize, largest: usize) -> Self {
+        let device_body = (HALF_BUDGET / (lanes + devices).max(1)).max(LEAST_BODY).min(largest).max(1);
+        let wanted = lanes * (QUEUE + 1) + devices;
+        let device_count = wanted.min(HALF_BUDGET / device_body).max(devices + 1);
+        let memory_count = (lanes * (QUEUE + 2) + 2).min(HALF_BUDGET / MEMORY_BODY).max(3);
+        Self { device_count, device_body, memory_count }
+    }
 }
 
 #[derive(Debug)]
@@ -41,11 +119,11 @@ struct Lane {
 #[derive(Clone)]
 pub(crate) struct Outbound {
     lanes: Arc<Vec<Lane>>,
-    free: Receiver<FrameBuf>,
-    back: Sender<FrameBuf>,
+    shelves: Shelves,
     next: Arc<AtomicUsize>,
     sent: Arc<AtomicU64>,
-    finished: Arc<AtomicUsize>,
+    unsent: Arc<AtomicUsize>,
+    finished: Receiver<()>,
     aborted: Arc<AtomicBool>,
 }
 
@@ -56,23 +134,24 @@ impl std::fmt::Debug for Outbound {
 }
 
 impl Outbound {
-    /// Starts a thread for each connection. Buffers are allocated now, `fillers` more than the
-    /// connections need: one for each thread that fills some.
+    /// Starts a thread for each connection. All buffers are allocated now; a device frame's body has
+    /// at most `largest` bytes.
     pub(crate) fn new(
         streams: Vec<Stream>,
-        body: usize,
-        fillers: usize,
+        largest: usize,
+        devices: usize,
         spawner: &dyn Spawner,
         on_loss: &OnLoss,
     ) -> Result<Self, SpawnError> {
-        let count = streams.len() * BUFFERS + fillers;
-        let (back, free) = bounded(count);
-        for _ in 0..count {
-            // The channel has room for all of them.
-            let _ = back.send(FrameBuf::new(body));
-        }
+        let stock = Stock::of(streams.len(), devices, largest);
+        let shelves = Shelves {
+            device: Shelf::new(stock.device_count, stock.device_body),
+            memory: Shelf::new(stock.memory_count, MEMORY_BODY),
+        };
         let sent = Arc::new(AtomicU64::new(0));
-        let finished = Arc::new(AtomicUsize::new(0));
+        let unsent = Arc::new(AtomicUsize::new(0));
+        let open = Arc::new(AtomicUsize::new(streams.len()));
+        let (all_done, finished) = bounded(1);
         let aborted = Arc::new(AtomicBool::new(false));
         let mut lanes = Vec::with_capacity(streams.len());
         for (index, stream) in streams.into_iter().enumerate() {
@@ -82,37 +161,42 @@ impl Outbound {
                 index,
                 stream: Arc::clone(&stream),
                 items,
-                back: back.clone(),
+                shelves: shelves.clone(),
                 sent: Arc::clone(&sent),
-                finished: Arc::clone(&finished),
+                unsent: Arc::clone(&unsent),
+                open: Arc::clone(&open),
+                all_done: all_done.clone(),
                 on_loss: Arc::clone(on_loss),
             };
             spawner.spawn(Role::Sender, &format!("send-{index}"), Box::new(move || sender.run()))?;
             lanes.push(Lane { queue, stream });
         }
         let lanes = Arc::new(lanes);
-        Ok(Self { lanes, free, back, next: Arc::default(), sent, finished, aborted })
+        Ok(Self { lanes, shelves, next: Arc::default(), sent, unsent, finished, aborted })
     }
 
-    /// A buffer that nobody uses, or `None` within `wait`.
-    pub(crate) fn buffer(&self, wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
+    /// A buffer that nobody uses, or `None` within `wait`. [`Cargo::Once`] has none.
+    pub(crate) fn buffer(&self, cargo: Cargo, wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
         if self.aborted.load(Ordering::Acquire) {
             return Err(SinkClosed);
         }
-        Ok(self.free.recv_timeout(wait).ok())
+        let shelf = match cargo {
+            Cargo::Device => &self.shelves.device,
+            Cargo::Memory => &self.shelves.memory,
+            Cargo::Once => return Ok(None),
+        };
+        Ok(shelf.free.recv_timeout(wait).ok())
     }
 
     /// Gives an unused buffer back.
-    pub(crate) fn give_back(&self, mut buffer: FrameBuf) {
-        buffer.clear();
-        // The channel has room for every buffer there is.
-        let _ = self.back.try_send(buffer);
+    pub(crate) fn give_back(&self, buffer: FrameBuf, cargo: Cargo) {
+        self.shelves.give_back(buffer, cargo);
     }
 
     /// Sends over the connection that its block of memory belongs to (W-MEMORY-LANE).
     pub(crate) fn send_memory(&self, at: Gpa, frame: FrameBuf) -> Result<(), SinkClosed> {
         let index = self.lane_of(at);
-        self.put(index, Item::Frame(frame))
+        self.put(index, Item::Frame(frame, Cargo::Memory))
     }
 
     /// The connection of the block around `at`.
@@ -127,13 +211,13 @@ impl Outbound {
     }
 
     /// Sends over the connection with the shortest queue.
-    pub(crate) fn send_anywhere(&self, frame: FrameBuf) -> Result<(), SinkClosed> {
+    pub(crate) fn send_anywhere(&self, frame: FrameBuf, cargo: Cargo) -> Result<(), SinkClosed> {
         let start = self.next.fetch_add(1, Ordering::Relaxed);
         let count = self.lanes.len().max(1);
         let best = (0..count)
             .map(|i| (start + i) % count)
             .min_by_key(|i| self.lanes.get(*i).map_or(usize::MAX, |l| l.queue.len()));
-        self.put(best.unwrap_or(0), Item::Frame(frame))
+        self.put(best.unwrap_or(0), Item::Frame(frame, cargo))
     }
 
     fn put(&self, index: usize, item: Item) -> Result<(), SinkClosed> {
@@ -141,10 +225,19 @@ impl Outbound {
             return Err(SinkClosed);
         }
         let lane = self.lanes.get(index).ok_or(SinkClosed)?;
-        lane.queue.send(item).map_err(|_| SinkClosed)
+        self.unsent.fetch_add(1, Ordering::Relaxed);
+        lane.queue.send(item).map_err(|_| {
+            self.unsent.fetch_sub(1, Ordering::Relaxed);
+            SinkClosed
+        })
     }
 
-    /// Bytes given to the connections so far.
+    /// Frames wait for a connection, or for a connection to take all of them.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.unsent.load(Ordering::Relaxed) > 0
+    }
+
+    /// Bytes that the connections have taken so far.
     pub(crate) fn bytes_sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
@@ -154,9 +247,9 @@ impl Outbound {
         (0..self.lanes.len()).try_for_each(|index| self.put(index, Item::Final))
     }
 
-    /// Every FINAL has been given to its connection.
-    pub(crate) fn is_finished(&self) -> bool {
-        self.finished.load(Ordering::Acquire) == self.lanes.len()
+    /// Gives a value, once, when every FINAL has been given to its connection.
+    pub(crate) fn finished(&self) -> &Receiver<()> {
+        &self.finished
     }
 
     /// Ends all connections at once; what is queued is lost.
@@ -172,9 +265,12 @@ struct LaneSender {
     index: usize,
     stream: Arc<Stream>,
     items: Receiver<Item>,
-    back: Sender<FrameBuf>,
+    shelves: Shelves,
     sent: Arc<AtomicU64>,
-    finished: Arc<AtomicUsize>,
+    unsent: Arc<AtomicUsize>,
+    /// Connections without their FINAL.
+    open: Arc<AtomicUsize>,
+    all_done: Sender<()>,
     on_loss: OnLoss,
 }
 
@@ -184,22 +280,23 @@ impl LaneSender {
         let mut bytes = 0;
         while let Ok(item) = self.items.recv() {
             let result = match item {
-                Item::Frame(mut frame) => {
+                Item::Frame(frame, cargo) => {
                     let result = match frame.sealed() {
                         Some(whole) => {
                             frames += 1;
                             bytes += (whole.len() - HEADER_LEN) as u64;
+                            let result = write_all(&self.stream, whole);
                             self.sent.fetch_add(whole.len() as u64, Ordering::Relaxed);
-                            write_all(&self.stream, whole)
+                            result
                         }
                         None => Err(WireError::Protocol("a frame was queued without its header".into())),
                     };
-                    frame.clear();
-                    let _ = self.back.try_send(frame);
+                    self.shelves.give_back(frame, cargo);
                     result
                 }
                 Item::Final => self.finish(frames, bytes),
             };
+            self.unsent.fetch_sub(1, Ordering::Relaxed);
             if let Err(error) = result {
                 (self.on_loss)(self.index, error);
                 return;
@@ -210,7 +307,34 @@ impl LaneSender {
     fn finish(&self, frames: u64, bytes: u64) -> Result<(), WireError> {
         let message = Message::Final(DataCount { frames, bytes }).encode(frames)?;
         write_all(&self.stream, &message)?;
-        self.finished.fetch_add(1, Ordering::AcqRel);
+        if self.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // The channel has room for the one value that ever comes.
+            let _ = self.all_done.try_send(());
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_stay_within_a_budget_and_are_always_one_more_than_can_be_held() {
+        for lanes in 1..=64 {
+            for devices in 0..=128 {
+                let stock = Stock::of(lanes, devices, 1 << 20);
+                let bytes = stock.device_count * stock.device_body + stock.memory_count * MEMORY_BODY;
+                assert!(bytes <= 2 * HALF_BUDGET + LEAST_BODY, "{lanes} lanes, {devices} devices: {stock:?}");
+                assert!(stock.device_count > devices && stock.memory_count > 2);
+            }
+        }
+    }
+
+    #[test]
+    fn a_small_receive_budget_makes_device_frames_small_and_nothing_else() {
+        let stock = Stock::of(1, 1, 100_000);
+        assert_eq!(stock.device_body, 100_000);
+        assert!(stock.memory_count >= 6);
     }
 }
