@@ -51,6 +51,16 @@ impl Stream {
         .map_err(|e| LinkError::io("set a timeout", &e))
     }
 
+    /// How long a read may wait without a byte moving; `None`: for ever, or it cannot be told.
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        match &self.0 {
+            Kind::Tcp(s) => s.read_timeout(),
+            Kind::Unix(s) => s.read_timeout(),
+        }
+        .ok()
+        .flatten()
+    }
+
     /// Lets reads and writes wait for as long as it takes: for a connection whose life another one
     /// watches.
     ///

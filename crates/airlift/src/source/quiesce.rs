@@ -4,7 +4,7 @@ use super::roll_back::Standing;
 use super::session::Session;
 use super::setup::Moving;
 use crate::set::{Quiesce, SavingSet, StoppedSet};
-use airlift_core::{PeerDma, Phase, Side};
+use airlift_core::{PeerDma, Phase};
 
 pub(super) fn run(
     session: &mut Session,
@@ -44,7 +44,7 @@ pub(super) fn run(
             Ok((set, moving))
         }
         Err(failed) => {
-            session.fail(failed.error.clone().into_failure(Side::Source, Phase::Quiesce));
+            session.fail_set(Phase::Quiesce, failed.error.clone());
             Err(Standing::Failed(failed))
         }
     }

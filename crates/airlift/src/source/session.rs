@@ -11,8 +11,8 @@ use crate::machine::{Machine, MachineError, PendingInterrupt};
 use crate::memory::DirtyTracking;
 use crate::options::SourceOptions;
 use crate::report::Outcome;
-use crate::set::{Recorder, SetEvent};
-use crate::wire::control::ControlLink;
+use crate::set::{Recorder, SetError, SetEvent, StreamFault};
+use crate::wire::control::{Admission, Allowance, ControlLink, Ticket};
 use crate::wire::credit::CreditedSink;
 use crate::wire::frames::WireError;
 use airlift_core::commit::{
@@ -25,11 +25,16 @@ use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+/// How long to wait at a time when the protocol has no deadline.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
 /// What other threads tell the session's thread.
 #[derive(Debug)]
 pub(super) enum Input {
-    /// From the control connection of this number; an error is its end.
-    Control(u32, Result<Message, WireError>),
+    /// From the control connection of this number.
+    Control(u32, Message, Ticket),
+    /// The control connection of this number has ended.
+    ControlLost(u32, WireError),
     /// A data connection has failed.
     DataLost { lane: usize, error: WireError },
     /// A cancel was accepted.
@@ -85,11 +90,12 @@ pub(super) struct Session {
     inbox: Receiver<Input>,
     pub(super) link: Option<ControlLink>,
     link_number: u32,
-    pinged: (u64, Timestamp),
     pub(super) sink: Arc<OnceLock<Arc<CreditedSink>>>,
     pub(super) orders: Orders,
     pub(super) undo: Undo,
     pub(super) figures: Figures,
+    /// A cancel came before COMMIT was written: the cause, in place of the journal's refusal.
+    overtaken: Option<Box<Failure>>,
 }
 
 /// The random name of a session.
@@ -119,7 +125,9 @@ impl Session {
             connect: d.connect,
             negotiate: d.negotiate,
             setup: d.setup,
-            precopy: d.precopy,
+            // Pre-copy judges its deadline itself, by the stall policy; this one is for a judgement that
+            // does not come.
+            precopy: d.precopy.saturating_add(d.setup),
             quiesce: d.quiesce,
             stop_copy: d.stop_copy,
             await_loaded: d.stop_copy,
@@ -150,11 +158,11 @@ impl Session {
             inbox,
             link: None,
             link_number: 0,
-            pinged: (0, now),
             sink: Arc::default(),
             orders: Orders::default(),
             undo: Undo::default(),
             figures: Figures::default(),
+            overtaken: None,
         };
         session.figures.begun = now;
         if let Some(error) = lost {
@@ -213,6 +221,18 @@ impl Session {
         self.act();
     }
 
+    /// Something with the devices has failed. A closed way is no fault of a device: its reason is in the
+    /// inbox, and comes first.
+    pub(super) fn fail_set(&mut self, phase: Phase, error: SetError) {
+        if matches!(error, SetError::Device { fault: StreamFault::Closed(_), .. }) {
+            self.catch_up();
+            if self.fallen() {
+                return;
+            }
+        }
+        self.fail(error.into_failure(Side::Source, phase));
+    }
+
     /// The machine refused something.
     pub(super) fn fail_machine(&mut self, phase: Phase, error: &MachineError) {
         self.fail(Failure::new(Side::Source, phase, format!("the machine: {error}")).with_errno(error.errno));
@@ -225,6 +245,7 @@ impl Session {
                 SourceAction::Append(record) => self.append(&record),
                 SourceAction::Send(message) => self.say(message),
                 SourceAction::RollBack { cause } => {
+                    let cause = self.overtaken.take().unwrap_or(cause);
                     self.recorder.emit(&Event::Failed { failure: (*cause).clone() });
                     self.figures.error.get_or_insert((*cause).clone());
                     self.orders.roll_back = Some(cause);
@@ -248,7 +269,10 @@ impl Session {
         let result = if open {
             self.journal.append(record).map_err(|e| e.to_string())
         } else {
-            Err("cancelled".into())
+            let phase = self.phase();
+            let message = "the user of the source has cancelled";
+            self.overtaken = Some(Box::new(Failure::new(Side::Source, phase, message)));
+            Err("cancelled before it was asked".into())
         };
         let now = self.now();
         if commit {
@@ -257,7 +281,9 @@ impl Session {
         let input = match result {
             Ok(()) => SourceInput::Appended(kind),
             Err(message) => {
-                tracing::error!(record = %kind, message, "the journal did not take a record");
+                if open {
+                    tracing::error!(record = %kind, message, "the journal did not take a record");
+                }
                 SourceInput::AppendFailed(kind)
             }
         };
@@ -269,7 +295,9 @@ impl Session {
         let session = self.protocol.session();
         let message = match message {
             CommitMessage::Commit => Message::Commit { session },
-            CommitMessage::Abort(failure) => Message::Abort { session, failure },
+            CommitMessage::Abort(failure) => {
+                Message::Abort { session, failure: self.overtaken.clone().unwrap_or(failure) }
+            }
             CommitMessage::Cancel => Message::Cancel { session },
             // What only a destination says.
             CommitMessage::Loaded | CommitMessage::Running | CommitMessage::Abandoned { .. } => return,
@@ -303,8 +331,11 @@ impl Session {
             }
             ProtocolOutcome::InDoubt { doubt } => {
                 let phase = self.phase();
-                let failure = Failure::new(Side::Source, phase, doubt.to_string())
+                let mut failure = Failure::new(Side::Source, phase, doubt.to_string())
                     .advise("ask the destination whether the guest runs there (airlift resolve); do not start it here before");
+                if let Some(lost) = self.figures.link_error.take() {
+                    failure = failure.because(lost);
+                }
                 self.figures.error.get_or_insert(failure);
                 Outcome::InDoubt
             }
@@ -317,9 +348,11 @@ impl Session {
         let fail = |message: String| Failure::new(Side::Source, phase, message);
         link.send(first).map_err(|e| fail(format!("cannot send {}: {e}", first.kind())))?;
         self.link_number += 1;
+        self.figures.link_error = None;
         let number = self.link_number;
         let mail = self.mail.clone();
         let sink = Arc::clone(&self.sink);
+        let (allowance, bound) = (Allowance::default(), link.clone());
         link.read_on(
             &*self.recorder.environment.spawner,
             airlift_stream::Limits::default(),
@@ -329,8 +362,17 @@ impl Session {
                         return;
                     }
                 }
+                let input = match message.map(|message| (allowance.admit(&message), message)) {
+                    Ok((Admission::Granted(ticket), message)) => Input::Control(number, message, ticket),
+                    Ok((Admission::Refused(error), _)) => {
+                        bound.shutdown();
+                        Input::ControlLost(number, error)
+                    }
+                    Ok((Admission::Ended, _)) => return,
+                    Err(error) => Input::ControlLost(number, error),
+                };
                 // The session can be over already.
-                let _ = mail.send(Input::Control(number, message));
+                let _ = mail.send(input);
             }),
         )
         .map_err(|e| fail(e.to_string()))?;
@@ -372,12 +414,14 @@ impl Session {
                 }
                 return None;
             }
-            Input::Control(number, _) if number != self.link_number => return None,
-            Input::Control(_, Err(error)) => {
+            Input::Control(number, ..) | Input::ControlLost(number, _) if number != self.link_number => {
+                return None;
+            }
+            Input::ControlLost(_, error) => {
                 self.link_lost(&error);
                 return None;
             }
-            Input::Control(_, Ok(message)) => message,
+            Input::Control(_, message, _ticket) => message,
         };
         let (session, said) = match handled {
             Message::Loaded { session, terms } => {
@@ -408,7 +452,10 @@ impl Session {
         let Some(acknowledged) = self.acknowledged.get_mut(index) else {
             return self.unexpected(&Message::InitAck { device, generation });
         };
-        *acknowledged = generation.max(*acknowledged);
+        if generation <= *acknowledged {
+            return;
+        }
+        *acknowledged = generation;
         let device = self.ids[index].clone();
         self.recorder.emit(&Event::InitialDataAcknowledged { device, generation });
     }
@@ -434,19 +481,23 @@ impl Session {
     fn link_lost(&mut self, error: &WireError) {
         let phase = self.phase();
         tracing::warn!(error = %error, "the control connection is lost");
-        self.figures.link_error = Some(
-            Failure::new(Side::Source, phase, format!("the control connection: {error}"))
-                .with_errno(error.errno()),
-        );
+        let lost = Failure::new(Side::Source, phase, format!("the control connection: {error}"))
+            .with_errno(error.errno());
         if let Some(link) = self.link.take() {
             link.shutdown();
         }
         let now = self.now();
         if self.protocol.is_committed() {
+            // What keeps the answer from coming: the cause of a doubt.
+            self.figures.link_error = Some(lost);
             let _ = self.protocol.handle(SourceInput::LinkLost, now);
-        } else if let Some(failure) = self.figures.link_error.clone() {
+        } else {
             let advice = "look at the destination: it ended, or the network between the hosts was cut";
-            let _ = self.protocol.handle(SourceInput::Failed(Box::new(failure.advise(advice))), now);
+            let lost = match error {
+                WireError::Protocol(_) => lost,
+                _ => lost.advise(advice),
+            };
+            let _ = self.protocol.handle(SourceInput::Failed(Box::new(lost)), now);
         }
         self.act();
     }
@@ -474,7 +525,6 @@ impl Session {
             let now = self.now();
             self.protocol.handle_timeout(now);
             self.act();
-            self.ping(now);
             if self.ordered() {
                 return Wake::Ordered;
             }
@@ -513,7 +563,7 @@ impl Session {
         let until = self.now().after(patience);
         loop {
             match self.inbox.recv_timeout(until.since(self.now())) {
-                Ok(Input::Control(number, Err(_))) if number == self.link_number => return,
+                Ok(Input::ControlLost(number, _)) if number == self.link_number => return,
                 Ok(_) => {}
                 Err(_) => return,
             }
@@ -525,19 +575,6 @@ impl Session {
     }
 
     fn next_timer(&self, now: Timestamp) -> Duration {
-        let ping = self.options.deadlines.silence / 3;
-        self.protocol.poll_timeout().map_or(ping, |at| at.since(now).min(ping))
-    }
-
-    /// Says something when nothing was said for a while, so that silence means a loss.
-    fn ping(&mut self, now: Timestamp) {
-        let Some(sent) = self.link.as_ref().map(ControlLink::sent) else { return };
-        let (last, at) = self.pinged;
-        if sent != last {
-            self.pinged = (sent, now);
-        } else if now.since(at) >= self.options.deadlines.silence / 3 {
-            self.send(&Message::Ping(sent));
-            self.pinged = (sent + 1, now);
-        }
+        self.protocol.poll_timeout().map_or(LONGEST_WAIT, |at| at.since(now).min(LONGEST_WAIT))
     }
 }

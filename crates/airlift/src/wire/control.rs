@@ -1,14 +1,29 @@
 //! The control connection: messages out under a lock, messages in by a thread of its own.
 //!
-//! The reading thread answers PING and hands CREDIT to the sink at once, so that neither waits for
-//! whatever the session's thread is doing. Everything else goes to the session's thread.
+//! The reading thread answers PING, sends PING itself when it has heard nothing for a third of the
+//! connection's silence, and hands CREDIT to the sink at once: none of it waits for whatever the
+//! session's thread is doing, so that a long step on both sides is not taken for a loss (W-PING).
+//! Everything else goes to the session's thread, bounded by an [`Allowance`].
 
 use super::frames::{WireError, read_header, read_payload, write_all};
 use crate::link::Stream;
 use crate::spawn::{Role, SpawnError, Spawner};
 use airlift_stream::{FrameType, Limits, Message};
-use std::sync::atomic::{AtomicU64, Ordering};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Looks at a connection that says nothing before it counts as gone; a PING goes out after each but
+/// the last.
+const LOOKS: u32 = 3;
+
+/// What may wait for the session's thread, in units of small messages.
+const INBOX: usize = 1024;
+
+/// What a message that can be large (up to a whole payload) counts: 16 of them may wait.
+const LARGE: usize = INBOX / 16;
 
 /// What the reading thread does with a message that it does not answer itself. `Err`: the connection
 /// is over, and nothing more will come.
@@ -21,11 +36,21 @@ pub(crate) struct ControlLink {
     // Frames must not be cut by each other; the number is the frame's sequence.
     turn: Arc<Mutex<u64>>,
     sent: Arc<AtomicU64>,
+    /// The PING that was sent last, until its PONG comes.
+    pinged: Arc<Mutex<Option<(u64, Instant)>>>,
+    /// In microseconds; 0 before the first.
+    round_trip: Arc<AtomicU64>,
 }
 
 impl ControlLink {
     pub(crate) fn new(stream: Stream) -> Self {
-        Self { stream: Arc::new(stream), turn: Arc::default(), sent: Arc::default() }
+        Self {
+            stream: Arc::new(stream),
+            turn: Arc::default(),
+            sent: Arc::default(),
+            pinged: Arc::default(),
+            round_trip: Arc::default(),
+        }
     }
 
     /// Sends one message.
@@ -43,8 +68,64 @@ impl ControlLink {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Receives one message on the caller's thread, for the handshake.
-    pub(crate) fn receive(&self, limits: Limits) -> Result<Message, WireError> {
+    /// Sends PING; the answer shows that the other side is there, and how far away.
+    pub(crate) fn ping(&self) -> Result<(), WireError> {
+        let number = self.sent();
+        *self.pinged() = Some((number, Instant::now()));
+        self.send(&Message::Ping(number))
+    }
+
+    fn pinged(&self) -> std::sync::MutexGuard<'_, Option<(u64, Instant)>> {
+        self.pinged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ponged(&self, number: u64) {
+        let mut pinged = self.pinged();
+        if let Some((expected, at)) = *pinged
+            && expected == number
+        {
+            *pinged = None;
+            let us = u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.round_trip.store(us.max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The round trip as of the last PONG.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        match self.round_trip.load(Ordering::Relaxed) {
+            0 => None,
+            us => Some(Duration::from_micros(us)),
+        }
+    }
+
+    /// Waits until there is something to read. `Ok(false)`: nothing within `wait`.
+    fn readable(&self, wait: Duration) -> Result<bool, WireError> {
+        let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
+        match poll(&mut [PollFd::new(&*self.stream, PollFlags::IN)], Some(&timeout)) {
+            Ok(ready) => Ok(ready > 0),
+            // An interrupted wait is begun again: a little longer, but not endless.
+            Err(Errno::INTR) => Ok(true),
+            Err(error) => Err(WireError::Io {
+                message: error.to_string(),
+                errno: Some(airlift_core::Errno(error.raw_os_error())),
+            }),
+        }
+    }
+
+    /// The next message, with a PING after each look that found nothing.
+    fn attend(&self, limits: Limits) -> Result<Message, WireError> {
+        let silence = self.stream.silence();
+        let mut looks = 0;
+        if let Some(silence) = silence {
+            while !self.readable(silence / LOOKS)? {
+                looks += 1;
+                if looks >= LOOKS {
+                    return Err(WireError::Silent);
+                }
+                // A connection that cannot be written to fails at its next read or write.
+                let _ = self.ping();
+            }
+        }
         receive(&self.stream, limits)
     }
 
@@ -72,12 +153,12 @@ impl ControlLink {
             "control",
             Box::new(move || {
                 loop {
-                    match receive(&link.stream, limits) {
+                    match link.attend(limits) {
                         Ok(Message::Ping(number)) => {
                             // A connection that cannot be written to fails at its next read or write.
                             let _ = link.send(&Message::Pong(number));
                         }
-                        Ok(Message::Pong(_)) => {}
+                        Ok(Message::Pong(number)) => link.ponged(number),
                         Ok(message) => deliver(Ok(message)),
                         Err(error) => {
                             deliver(Err(error));
@@ -87,6 +168,60 @@ impl ControlLink {
                 }
             }),
         )
+    }
+}
+
+/// How many messages of one connection may wait for the session's thread (W-INBOX). Its thread can be
+/// in a long step; the other side must not fill this side's memory meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct Allowance {
+    waiting: Arc<AtomicUsize>,
+    overrun: AtomicBool,
+}
+
+/// The place of a message that waits; given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    waiting: Arc<AtomicUsize>,
+    weight: usize,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.waiting.fetch_sub(self.weight, Ordering::AcqRel);
+    }
+}
+
+/// What [`Allowance::admit`] says.
+#[derive(Debug)]
+pub(crate) enum Admission {
+    /// There is room.
+    Granted(Ticket),
+    /// There is none: the connection ends with this. Comes once.
+    Refused(WireError),
+    /// It was refused before.
+    Ended,
+}
+
+impl Allowance {
+    pub(crate) fn admit(&self, message: &Message) -> Admission {
+        if self.overrun.load(Ordering::Acquire) {
+            return Admission::Ended;
+        }
+        let weight = match message {
+            Message::InitAck { .. } | Message::RoundEnd { .. } | Message::Trailer(_) => 1,
+            _ => LARGE,
+        };
+        // Taken by the one thread that reads the connection, so that nobody else can add in between.
+        if self.waiting.fetch_add(weight, Ordering::AcqRel) + weight <= INBOX {
+            return Admission::Granted(Ticket { waiting: Arc::clone(&self.waiting), weight });
+        }
+        self.overrun.store(true, Ordering::Release);
+        Admission::Refused(WireError::Protocol(format!(
+            "more messages than may wait ({INBOX}, or {} large ones) came at once; the last was {} (W-INBOX)",
+            INBOX / LARGE,
+            message.kind()
+        )))
     }
 }
 
