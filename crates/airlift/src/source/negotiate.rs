@@ -15,6 +15,9 @@ use airlift_stream::frame::{MAX_PAYLOAD, VERSION};
 use airlift_stream::message::{Accept, Hello, Report};
 use std::time::Duration;
 
+/// The smallest payload that is worth a frame, and that a record's tag and size fit into.
+const LEAST_PAYLOAD: u32 = 64 << 10;
+
 /// What both sides have agreed on.
 pub(super) struct Agreed {
     pub(super) layout: MemoryLayout,
@@ -24,6 +27,8 @@ pub(super) struct Agreed {
     pub(super) data: Vec<Stream>,
     /// Frames of each device that may be sent before the first CREDIT.
     pub(super) room: Vec<u32>,
+    /// The largest payload of a device's frame. Memory and records are not under the destination's
+    /// receive budget.
     pub(super) max_payload: u32,
 }
 
@@ -128,6 +133,12 @@ fn agree(session: &mut Session, set: &mut DeviceSet, own: Own, report: &Report) 
         return Err(fail(
             "the destination broke the protocol: its REPORT has no version or tokens to go on with".into(),
         ));
+    }
+    if report.limits.frame_payload < LEAST_PAYLOAD {
+        return Err(fail(format!(
+            "the destination takes device frames of at most {} bytes; {LEAST_PAYLOAD} are the least",
+            report.limits.frame_payload
+        )));
     }
     session.send(&Message::Accept(Accept::default()));
     let channels = usize::from(session.options.channels.clamp(1, 64)).min(report.tokens.len());
