@@ -90,7 +90,9 @@ pub enum Event {
     },
 }
 
-/// Takes events. Called from the engine's own thread, in order; what it does delays the migration.
+/// Takes events. Called from the thread that runs the session and from the devices' workers, which
+/// report their own arcs, so also at the same time; the events of one thread come in order. What it
+/// does delays the migration, and a worker's arc in the downtime.
 pub trait Observer: Send + Sync {
     /// An event happened.
     fn event(&self, event: &Event);

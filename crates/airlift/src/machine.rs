@@ -87,8 +87,9 @@ pub struct PendingInterrupt {
 ///
 /// On the source, in order: `blockers`, `memory_layout`, `memory`, `iova_map`, `start_dirty`,
 /// `sync_dirty`…, then in the downtime `pause`, `close_device_access`, (devices stop)
-/// `drain_interrupts`, `save_records`, `sync_dirty`; at the end `release_shared`, or in a rollback
-/// `open_device_access`, `inject_interrupts`, `resume`, and always `stop_dirty`.
+/// `drain_interrupts`, `save_records`, `release_shared`, `sync_dirty`; in a rollback `reclaim_shared`
+/// (if it was released), `open_device_access`, `inject_interrupts`, `resume`; and in the end always
+/// `stop_dirty`, `running`.
 ///
 /// On the destination: `blockers`, `memory_layout`, `memory`, `load_record`…, `reclaim_shared`,
 /// (devices run) `open_device_access`, `inject_interrupts`, `resume`.
@@ -186,7 +187,9 @@ pub trait Machine: Send {
     /// When it is refused; the migration is aborted with this as the cause.
     fn load_record(&mut self, record: &MachineRecord) -> Result<(), MachineError>;
 
-    /// Gives up what both sides share (disks, addresses): the destination may take it now.
+    /// Gives up what both sides share (disks, addresses): the destination may take it now. Called right
+    /// after [`save_records`](Self::save_records), in the downtime: it may write guest memory, for the
+    /// final dirty sync comes after it.
     ///
     /// # Errors
     /// When it cannot be given up; before COMMIT the migration is rolled back.
@@ -212,9 +215,12 @@ pub trait Machine: Send {
     fn running(&mut self) -> Result<bool, MachineError>;
 
     /// For [`MachineMemory::External`]: waits until the VMM's own transfer of all memory is done on
-    /// this side. On the source in StopCopy, on the destination before LOADED.
+    /// this side. On the source in StopCopy, on the destination before LOADED. It can be called several
+    /// times, each time for a slice of the whole wait.
     ///
     /// # Errors
-    /// When it failed or `deadline` (from now) has passed; the migration is rolled back.
+    /// With the number `ETIMEDOUT` when `deadline` (from now) has passed and the transfer goes on: it is
+    /// then called again until the phase's own deadline. Any other error ends the migration, which is
+    /// rolled back.
     fn external_memory_barrier(&mut self, deadline: Duration) -> Result<(), MachineError>;
 }

@@ -72,15 +72,19 @@ pub struct DowntimeTerms {
     pub records: f64,
     /// The last fetch of dirty reports.
     pub final_dirty_sync: f64,
-    /// Device data sent while no memory was left to send.
+    /// Sending device data. Memory goes at the same time: of the two, the one that ends first has its
+    /// whole time as its term, the other one what it took longer. What was still under way to the
+    /// destination after the last byte had been given to the connections is in here too.
     pub device_data: f64,
-    /// Remaining memory sent. Device data that went at the same time is in here.
+    /// Sending the remaining memory, as [`device_data`](Self::device_data) says; also waiting for
+    /// memory that the VMM moves itself, on both sides.
     pub memory: f64,
     /// RESUMING -> STOP on the destination, all devices.
     pub load: f64,
     /// The machine's and the devices' records restored on the destination.
     pub config: f64,
-    /// The source's journal and the destination's, and the way of COMMIT.
+    /// The source's journal write of COMMIT and the destination's writes for LOADED, COMMITTED and
+    /// RUN_STARTED. The way of COMMIT over the wire is in `other`.
     pub commit: f64,
     /// Devices STOP -> RUNNING and vCPUs on the destination.
     pub run: f64,
