@@ -4,6 +4,7 @@
 //! Nothing here is part of the command or of any library.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod deps;
 mod licences;
 mod links;
@@ -24,7 +25,9 @@ usage: cargo xtask CHECK
   licences   every dependency has a licence that deny.toml allows
   size       files above 600 lines are named, above 1000 refused
   outcome completed|source-running
-             reads `airlift demo --json` from standard input and checks how it ended";
+             reads `airlift demo --json` from standard input and checks how it ended
+  bench [PASSES]
+             runs the release build's demo in several ways, in turns, and prints the medians; 5 passes";
 
 /// What a check says: for the reader, and against the tree.
 #[derive(Debug, Default)]
@@ -55,6 +58,10 @@ fn main() -> ExitCode {
         ["deps"] => deps::check(&root),
         ["licences"] => licences::check(&root),
         ["size"] => size::check(&root),
+        ["bench"] => bench::run(&root, 5),
+        ["bench", passes] => {
+            passes.parse().map_err(|_| format!("{passes:?} is no number")).and_then(|n| bench::run(&root, n))
+        }
         ["outcome", expected] => outcome::check(expected, std::io::stdin().lock()),
         _ => {
             eprintln!("{USAGE}");
