@@ -131,8 +131,11 @@ fn here(args: &ResolveArgs, side: Side) -> Result<Here, Box<ErrorView>> {
         let devices = engine::from_vmm(&mut vmm)?;
         return Ok(Here { machine: Box::new(vmm), devices });
     }
-    let devices = args.devices.iter().map(engine::open).collect::<Result<_, _>>()?;
-    Ok(Here { machine: Box::new(NoGuest::new(side == Side::Source)), devices })
+    let mut devices = args.devices.iter().map(engine::open).collect::<Result<Vec<_>, _>>()?;
+    // Without a guest it is the devices that run or do not.
+    let live = |d: &mut SourceDevice| d.device.state().is_ok_and(DeviceState::is_live);
+    let running = side == Side::Source && devices.iter_mut().all(live);
+    Ok(Here { machine: Box::new(NoGuest::new(running)), devices })
 }
 
 fn source(args: &ResolveArgs, found: &Found, boot: &BootId) -> Result<(Resolved, Exit), ErrorView> {

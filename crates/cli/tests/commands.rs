@@ -3,6 +3,10 @@
 
 mod common;
 
+use airlift::FileJournal;
+use airlift_core::commit::{Durability, Journal, Opened, Record, RecordKind, SessionId};
+use airlift_core::{DeviceId, DeviceState, MigrationDevice, Side};
+use airlift_vfio_user::{ClientOptions, VfioUserDevice};
 use common::{AIRLIFT, Process};
 use serde_json::Value;
 use std::path::Path;
@@ -118,12 +122,97 @@ fn a_destination_that_nobody_listens_at_leaves_the_device_running() {
 fn without_a_journal_there_is_doubt_and_nothing_is_done() {
     let dir = tempfile::tempdir().unwrap();
     let (_device, uri) = device(&dir.path().join("d.sock"), "1");
-    let named = format!("nic={uri}");
-    // `--no-guest` devices count as running, so a destination's journal is what is missing here.
-    std::fs::write(dir.path().join("destination.journal"), "").unwrap();
-    let journal = dir.path().to_str().unwrap();
-    let (resolved, code) = run(&["resolve", "--journal", journal, "--device", &named]);
+    stop(&uri);
+    let empty = dir.path().to_str().unwrap();
+    let (resolved, code) = run(&["resolve", "--journal", empty, "--device", &format!("nic={uri}")]);
     assert_eq!((resolved["outcome"].as_str(), code), (Some("in_doubt"), 3), "{resolved:#}");
+    assert_eq!(state_of(&uri), "STOP");
+}
+
+/// Leaves the device in STOP, as a sender that was killed in the switchover does.
+fn stop(uri: &str) {
+    let path = uri.strip_prefix("vfio-user:").unwrap();
+    let id = DeviceId::new("nic").unwrap();
+    let mut device = VfioUserDevice::connect(id, path, ClientOptions::default()).unwrap();
+    device.set_state(DeviceState::Stop).unwrap();
+}
+
+fn state_of(uri: &str) -> Value {
+    // The server takes the next client when it has seen the last one go.
+    loop {
+        let probe = Process::start(&["probe", uri]);
+        let found = probe.wait_for("device");
+        if found["error"].is_null() {
+            return found["state"].clone();
+        }
+    }
+}
+
+/// A source's journal with these records behind OPENED.
+fn journal(dir: &Path, records: &[Record]) -> String {
+    std::fs::create_dir(dir).unwrap();
+    let mut journal = FileJournal::create(dir.join("source.journal"), Durability::Process).unwrap();
+    let opened = Opened {
+        session: SessionId(7),
+        side: Side::Source,
+        boot: airlift::kernel_boot_id(),
+        durability: Durability::Process,
+        peer: "tcp:192.0.2.1:4444".into(),
+        devices: vec![(DeviceId::new("nic").unwrap(), DeviceState::Running)],
+    };
+    journal.append(&Record::Opened(Box::new(opened))).unwrap();
+    for record in records {
+        journal.append(record).unwrap();
+    }
+    dir.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn without_commit_a_source_may_run_its_guest_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_device, uri) = device(&dir.path().join("d.sock"), "1");
+    stop(&uri);
+    assert_eq!(state_of(&uri), "STOP");
+    let journal = journal(&dir.path().join("j"), &[]);
+    let resolve = ["resolve", "--journal", &journal, "--device", &format!("nic={uri}")];
+    let (resolved, code) = run(&resolve);
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("completed"), 0), "{resolved:#}");
+    assert_eq!(
+        (&resolved["source_running"], &resolved["destination_running"]),
+        (&true.into(), &false.into())
+    );
+    assert_eq!(state_of(&uri), "RUNNING");
+    // It is on record, and asking again changes nothing.
+    let records = FileJournal::read(Path::new(&journal).join("source.journal")).unwrap();
+    assert_eq!(records.last().unwrap().kind(), RecordKind::Aborted);
+    assert_eq!(run(&resolve).1, 0);
+}
+
+#[test]
+fn after_commit_a_source_runs_again_on_the_operators_word_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_device, uri) = device(&dir.path().join("d.sock"), "1");
+    stop(&uri);
+    let journal = journal(&dir.path().join("j"), &[Record::Commit]);
+    let named = format!("nic={uri}");
+    let resolve = ["resolve", "--journal", &journal, "--device", &named];
+    let (resolved, code) = run(&resolve);
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("in_doubt"), 3), "{resolved:#}");
+    assert_eq!(
+        (&resolved["source_running"], &resolved["destination_running"]),
+        (&false.into(), &"unknown".into())
+    );
+    assert_eq!(state_of(&uri), "STOP", "nothing was started");
+
+    let (resolved, code) = run(&[&resolve[..], &["--stay-stopped"]].concat());
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("completed"), 0), "{resolved:#}");
+    assert_eq!(state_of(&uri), "STOP");
+
+    let (resolved, code) = run(&[&resolve[..], &["--run-here"]].concat());
+    assert_eq!((resolved["outcome"].as_str(), code), (Some("completed"), 0), "{resolved:#}");
+    assert_eq!(state_of(&uri), "RUNNING");
+    let records = FileJournal::read(Path::new(&journal).join("source.journal")).unwrap();
+    assert_eq!(records.last().unwrap().kind(), RecordKind::RolledBack);
 }
 
 #[test]
