@@ -7,7 +7,7 @@ use super::session::{Input, Session, Wake};
 use crate::machine::{MachineMemory, MachineRecord, RecordOwner};
 use crate::set::{DeviceSet, LoadingSet, SetError, SetEvent};
 use crate::wire::Pool;
-use crate::wire::inbound::{Arrival, Inbound};
+use crate::wire::inbound::{Arrival, Inbound, RecordRoom};
 use airlift_core::{DeviceId, Failure, PeerDma, Phase, Side};
 use airlift_stream::message::Trailer;
 use airlift_stream::{Limits, Message};
@@ -90,11 +90,14 @@ fn start_readers(
     };
     let spawner = Arc::clone(&session.recorder.environment.spawner);
     let pools: Vec<_> = set.ids().iter().map(|_| Pool::new(agreed.room, payload)).collect();
-    let mut streams = Vec::with_capacity(agreed.data.len());
+    let records = Arc::new(RecordRoom::default());
+    let mut streams: Vec<Arc<crate::link::Stream>> = Vec::with_capacity(agreed.data.len());
     for (lane, stream) in agreed.data.into_iter().enumerate() {
         let mail = session.mail.clone();
         let inbound = Arc::new(Inbound {
-            limits: Limits::new(agreed.max_payload),
+            limits: Limits::default(),
+            device_payload: payload,
+            records: Arc::clone(&records),
             memory: memory.clone(),
             pools: pools.clone(),
             feeder: set.feeder(),
@@ -105,8 +108,13 @@ fn start_readers(
             }),
         });
         let stream = Arc::new(stream);
-        inbound.read(lane, Arc::clone(&stream), &*spawner).map_err(|e| fail(e.to_string()))?;
+        let started = inbound.read(lane, Arc::clone(&stream), &*spawner);
         streams.push(stream);
+        if let Err(error) = started {
+            // The readers that there are must not go on.
+            streams.iter().for_each(|stream| stream.shutdown());
+            return Err(fail(error.to_string()));
+        }
     }
     Ok(streams)
 }

@@ -16,11 +16,30 @@ use airlift_stream::message::DataCount;
 use airlift_stream::pages::{decode_pages, decode_zero};
 use airlift_stream::{FrameHeader, FrameType, Limits, Message};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The most records of a machine, and the most bytes of all of them.
+/// The most records of a machine.
 const MAX_RECORDS: u64 = 4096;
+
+/// The most bytes of all records of a machine, names included: they wait in memory until they are
+/// loaded.
+const MAX_RECORD_BYTES: u64 = 64 << 20;
+
+/// What the machine's records have taken of their bounds, over all connections (W-RECORDS).
+#[derive(Debug, Default)]
+pub(crate) struct RecordRoom {
+    count: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl RecordRoom {
+    fn take(&self, bytes: usize) -> bool {
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        let taken = self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        count < MAX_RECORDS && taken.saturating_add(bytes as u64) <= MAX_RECORD_BYTES
+    }
+}
 
 /// What a reader tells the session's thread.
 #[derive(Debug)]
@@ -36,6 +55,11 @@ pub(crate) enum Arrival {
 /// What every reader needs.
 pub(crate) struct Inbound {
     pub(crate) limits: Limits,
+    /// The largest payload of a device's frame: what the receive budget was shared out for. Memory and
+    /// records are not under that budget, for no buffer keeps them.
+    pub(crate) device_payload: usize,
+    /// What is left for the machine's records, shared by all connections.
+    pub(crate) records: Arc<RecordRoom>,
     /// Guest memory, unless the VMM moves it.
     pub(crate) memory: Option<GuestMemory>,
     /// Buffers by device: as many as the source was given room for.
@@ -105,6 +129,12 @@ impl Inbound {
 
     fn device(&self, stream: &Stream, header: &FrameHeader, length: usize) -> Result<(), WireError> {
         let index = usize::try_from(header.index).unwrap_or(usize::MAX);
+        if length > self.device_payload {
+            return Err(WireError::Protocol(format!(
+                "a frame of {length} bytes of a device; {} were agreed (W-CREDIT)",
+                self.device_payload
+            )));
+        }
         let pool = self.pools.get(index).ok_or_else(|| broken("a frame of a device that is not there"))?;
         // The source takes room before it sends: without a free buffer it has taken more than it was given.
         let mut payload = pool
@@ -153,6 +183,9 @@ impl Inbound {
         if header.sequence >= MAX_RECORDS {
             return Err(broken("more records than a machine may have"));
         }
+        if !self.records.take(payload.len()) {
+            return Err(broken("more or larger records than a machine may have (W-RECORDS)"));
+        }
         (self.deliver)(Arrival::Record {
             position: header.sequence,
             name: record.name.to_owned(),
@@ -171,4 +204,24 @@ fn is_zero(memory: &GuestMemory, at: u64, len: usize) -> Result<bool, WireError>
     let mut copy = vec![0; len];
     memory.read(at, &mut copy).map_err(|e| WireError::Protocol(format!("ZERO: {e}")))?;
     Ok(airlift_memory::is_zero(&copy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // W-RECORDS
+    #[test]
+    fn the_records_of_all_connections_have_one_bound() {
+        let room = RecordRoom::default();
+        for _ in 0..64 {
+            assert!(room.take(1 << 20));
+        }
+        assert!(!room.take(1), "one byte more than all records may have");
+        let room = RecordRoom::default();
+        for _ in 0..MAX_RECORDS {
+            assert!(room.take(1));
+        }
+        assert!(!room.take(1), "one record more than there may be");
+    }
 }
