@@ -151,8 +151,13 @@ impl CancelGate {
         })
     }
 
+    /// Calls `wake` at a cancel: at once when there was one already.
     pub(crate) fn on_cancel(&self, wake: impl Fn() + Send + 'static) {
-        *locked(&self.wake) = Some(Box::new(wake));
+        let mut place = locked(&self.wake);
+        if self.is_cancelled() {
+            wake();
+        }
+        *place = Some(Box::new(wake));
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
