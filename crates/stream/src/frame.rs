@@ -160,7 +160,7 @@ frame_types! {
     Ping = 0x11, "PING";
     /// Answers a PING.
     Pong = 0x12, "PONG";
-    /// The source has heard RUNNING: the destination need not say it again.
+    /// The source has heard RUNNING, or ABANDONED after COMMIT: it need not be said again.
     Done = 0x13, "DONE";
     /// Bytes of a device's stream of records.
     Device = 0x100, "DEVICE";

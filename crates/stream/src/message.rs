@@ -203,7 +203,7 @@ pub enum Message {
     Ping(u64),
     /// Answers PING with its number.
     Pong(u64),
-    /// The source has heard RUNNING. A receiver that does not know it waits a little longer (W-DONE).
+    /// The source has heard RUNNING, or ABANDONED after COMMIT. A receiver that does not know it waits a little longer (W-DONE).
     Done {
         /// The session.
         session: SessionId,

@@ -29,16 +29,27 @@ pub(super) fn run(session: &mut Session, set: DrainedSet) -> Result<Standing, St
 }
 
 /// The session fell or is in doubt: a rollback wants the devices, a doubt holds them as they are.
-fn ended(session: &Session, set: DrainedSet) -> Result<Standing, Standing> {
+fn ended(session: &mut Session, set: DrainedSet) -> Result<Standing, Standing> {
     if session.orders.roll_back.is_some() {
+        if session.protocol.phase() == Phase::Commit {
+            say_done(session);
+        }
         Err(Standing::Drained(set))
     } else {
         Ok(Standing::Idle(set.hold()))
     }
 }
 
+/// The destination need not wait for a question any more (W-DONE). What is still to be done on this
+/// side is none of its business.
+fn say_done(session: &mut Session) {
+    let done = Message::Done { session: session.protocol.session() };
+    session.send(&done);
+}
+
 fn finish(session: &mut Session, set: DrainedSet) -> Standing {
     session.orders.finish = false;
+    say_done(session);
     session.announce(Phase::Done);
     let (set, errors) = set.finish(session.options.deadlines.rollback);
     for error in errors {
@@ -58,6 +69,10 @@ fn finish(session: &mut Session, set: DrainedSet) -> Standing {
 
 /// One attempt; the protocol's deadline ends them all.
 fn reconnect(session: &mut Session) {
+    // Also when nobody has found it to be lost: the destination listens again once it has ended.
+    if let Some(link) = session.link.take() {
+        link.shutdown();
+    }
     let patience = session.options.deadlines.connect.min(Duration::from_secs(1));
     let stream = session.connector.connect(patience).and_then(|stream| {
         stream.set_silence(session.options.deadlines.silence)?;

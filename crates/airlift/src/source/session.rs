@@ -414,7 +414,11 @@ impl Session {
                 }
                 return None;
             }
-            Input::Control(number, ..) | Input::ControlLost(number, _) if number != self.link_number => {
+            Input::ControlLost(number, _) if number != self.link_number => return None,
+            // What belongs to the session as such counts whichever of its connections brought it.
+            Input::Control(number, ref message, _)
+                if number != self.link_number && message.to_commit().is_none() =>
+            {
                 return None;
             }
             Input::ControlLost(_, error) => {
