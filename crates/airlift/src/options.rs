@@ -27,6 +27,9 @@ pub struct Deadlines {
     pub commit: Duration,
     /// For one device to walk back in a rollback; a device that takes longer is quarantined.
     pub rollback: Duration,
+    /// For the source to come back to the destination when the connection ended after COMMIT, and
+    /// RUNNING or ABANDONED may be lost. At most `commit` counts.
+    pub linger: Duration,
     /// Without any message from the other side for this long, it is taken as gone.
     pub silence: Duration,
 }
@@ -42,6 +45,8 @@ impl Default for Deadlines {
             stop_copy: Duration::from_secs(300),
             commit: Duration::from_secs(30),
             rollback: Duration::from_secs(30),
+            // A source that was killed does not come back: the destination must not hang long for it.
+            linger: Duration::from_secs(5),
             silence: Duration::from_secs(10),
         }
     }

@@ -6,10 +6,8 @@ use super::reset::Standing;
 use super::session::{Session, Wake};
 use crate::machine::{MachineError, PendingInterrupt};
 use crate::set::{DeviceSet, LoadedSet};
-use crate::wire::control::ControlLink;
 use airlift_core::commit::DestinationInput;
 use airlift_core::{PeerDma, Phase, Side};
-use airlift_stream::{Limits, Message};
 use std::time::Duration;
 
 const GLANCE: Duration = Duration::from_millis(50);
@@ -33,8 +31,7 @@ pub(super) fn run(session: &mut Session, holding: Holding) -> Result<Standing, S
     let Holding { set, pending, peer_dma } = holding;
     let mut guest = Guest::Held(set);
     loop {
-        let wake = session.wait(None, Duration::from_secs(1));
-        match wake {
+        match session.wait(None, Duration::from_secs(1)) {
             Wake::Message(other) => session.unexpected(&other),
             Wake::Set(_) | Wake::Data(_) | Wake::Time => {}
             Wake::Ordered => {
@@ -42,9 +39,10 @@ pub(super) fn run(session: &mut Session, holding: Holding) -> Result<Standing, S
                     return Err(guest.standing());
                 }
                 if std::mem::take(&mut session.orders.start_devices) {
-                    guest = start_devices(session, guest, peer_dma)?;
-                } else if std::mem::take(&mut session.orders.start_vcpus) {
-                    start_vcpus(session, &pending);
+                    guest = start_devices(session, guest, &pending, peer_dma)?;
+                }
+                if std::mem::take(&mut session.orders.start_vcpus) {
+                    start_vcpus(session);
                 } else if session.protocol.outcome().is_some() {
                     return Ok(guest.standing());
                 } else if session.orders.await_reconnection {
@@ -55,7 +53,14 @@ pub(super) fn run(session: &mut Session, holding: Holding) -> Result<Standing, S
     }
 }
 
-fn start_devices(session: &mut Session, guest: Guest, peer_dma: PeerDma) -> Result<Guest, Standing> {
+/// Everything that can fail comes in here, before the vCPUs are asked for: until then the guest can
+/// still go back to the source (C-MAY-HAVE-RUN).
+fn start_devices(
+    session: &mut Session,
+    guest: Guest,
+    pending: &[PendingInterrupt],
+    peer_dma: PeerDma,
+) -> Result<Guest, Standing> {
     let Guest::Held(set) = guest else { return Ok(guest) };
     session.announce(Phase::Running);
     session.figures.start_begun = Some(session.now());
@@ -63,23 +68,37 @@ fn start_devices(session: &mut Session, guest: Guest, peer_dma: PeerDma) -> Resu
         session.fail_machine(Phase::Running, &error);
         return Err(Standing::Loaded(set));
     }
-    match set.run(peer_dma, session.options.deadlines.commit) {
-        Ok(set) => {
-            session.feed(DestinationInput::DevicesStarted);
-            Ok(Guest::Started(set))
-        }
+    // A reset gives it up again, before the source hears ABANDONED.
+    session.reclaimed = true;
+    let set = match set.run(peer_dma, session.options.deadlines.commit) {
+        Ok(set) => set,
         Err(failed) => {
             session.fail(failed.error.clone().into_failure(Side::Destination, Phase::Running));
-            Err(Standing::Idle(failed.into_set()))
+            return Err(Standing::Idle(failed.into_set()));
         }
+    };
+    if let Err(error) = connect_devices(session, pending) {
+        session.fail_machine(Phase::Running, &error);
+        return Err(Standing::Idle(set));
     }
+    session.feed(DestinationInput::DevicesStarted);
+    Ok(Guest::Started(set))
 }
 
-fn start_vcpus(session: &mut Session, pending: &[PendingInterrupt]) {
-    let started = start(session, pending);
-    session.figures.started = Some(session.now());
-    match started {
+/// Lets the guest reach its devices, and gives it the interrupts that it has not seen.
+fn connect_devices(session: &mut Session, pending: &[PendingInterrupt]) -> Result<(), MachineError> {
+    session.machine.open_device_access()?;
+    session.access_open = true;
+    if !pending.is_empty() {
+        session.machine.inject_interrupts(pending)?;
+    }
+    Ok(())
+}
+
+fn start_vcpus(session: &mut Session) {
+    match session.machine.resume() {
         Ok(()) => {
+            session.figures.started = Some(session.now());
             tracing::info!(name: "vfio_vmstate_change", running = true);
             session.feed(DestinationInput::VcpusStarted);
         }
@@ -87,50 +106,30 @@ fn start_vcpus(session: &mut Session, pending: &[PendingInterrupt]) {
     }
 }
 
-fn start(session: &mut Session, pending: &[PendingInterrupt]) -> Result<(), MachineError> {
-    let machine = &mut session.machine;
-    machine.open_device_access()?;
-    if !pending.is_empty() {
-        machine.inject_interrupts(pending)?;
-    }
-    machine.resume()
-}
-
 /// Takes the source's new connection, if it comes now.
 fn reconnect(session: &mut Session) {
     session.orders.await_reconnection = false;
-    let accepted = session.acceptor.accept(GLANCE);
-    let resumed = accepted.ok().flatten().and_then(|stream| {
-        stream.set_silence(session.options.deadlines.silence).ok()?;
-        let link = ControlLink::new(stream);
-        match link.receive(Limits::new(64)) {
-            Ok(Message::Resume { session: id }) if id == session.protocol.session() => Some(link),
-            _ => None,
-        }
-    });
-    match resumed {
-        Some(link) => match session.adopt(link) {
-            Ok(()) => session.feed(DestinationInput::Reconnected),
-            Err(failure) => session.fail(failure),
-        },
-        None => session.orders.await_reconnection = session.link.is_none(),
-    }
+    session.await_source(GLANCE);
+    session.orders.await_reconnection |= session.link.is_none();
 }
 
-/// The guest runs here: waits until the source knows, so that a lost RUNNING can be said again.
+/// COMMIT has come, and it is known how it ended: waits until the source says that it knows too
+/// (W-DONE). A connection that ends without that word may have lost RUNNING or ABANDONED: then the
+/// source comes back, and is told again.
 pub(super) fn linger(session: &mut Session) {
-    let until = session.now().after(session.options.deadlines.commit);
-    while session.now() < until {
+    let deadlines = session.options.deadlines;
+    let until = session.now().after(deadlines.commit);
+    let mut alone = session.now();
+    while !session.source_knows && session.now() < until {
         if session.link.is_some() {
-            let left = until.since(session.now());
-            if session.hear_the_end(left) {
-                return;
-            }
-            if session.link.is_some() {
-                return;
-            }
+            session.hear_the_end(until.since(session.now()));
+            alone = session.now();
+        } else if session.now().since(alone) < deadlines.linger {
+            session.catch_up();
+            session.await_source(GLANCE);
+        } else {
+            tracing::warn!("the source may not have heard how the migration ended");
+            return;
         }
-        reconnect(session);
-        session.orders.await_reconnection = false;
     }
 }

@@ -1,11 +1,13 @@
 //! Listen: until a source says HELLO. Whoever connects and says something else is shown out.
 
+use super::door::Door;
 use super::session::Lent;
 use crate::event::Event;
 use crate::wire::control::ControlLink;
-use airlift_core::{Failure, MigrationDevice, Phase, Side};
+use airlift_core::{DeviceId, Failure, MigrationDevice, Phase, Side};
 use airlift_stream::message::Hello;
 use airlift_stream::{Limits, Message};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a cancel is looked for.
@@ -24,6 +26,8 @@ pub(super) fn run(lent: &mut Lent, devices: &mut [Box<dyn MigrationDevice>]) -> 
     let at_ms = lent.recorder.at_ms(lent.recorder.now());
     lent.recorder.emit(&Event::Phase { side: Side::Destination, phase: Phase::Listen, at_ms });
     let begun = lent.recorder.now();
+    let clock = Arc::clone(&lent.recorder.environment.clock);
+    let mut door = Door::new(Limits::default(), lent.options.deadlines.silence, clock);
     loop {
         if lent.control.gate.is_cancelled() {
             return Err(fail("the user of the destination has cancelled".into()));
@@ -31,25 +35,20 @@ pub(super) fn run(lent: &mut Lent, devices: &mut [Box<dyn MigrationDevice>]) -> 
         if lent.options.listen.is_some_and(|patience| lent.recorder.now().since(begun) >= patience) {
             return Err(fail("no source has come before the deadline".into()));
         }
-        let accepted = lent.acceptor.accept(GLANCE).map_err(|e| fail(e.to_string()).with_errno(e.errno))?;
-        let Some(stream) = accepted else { continue };
-        if let Err(error) = stream.set_silence(lent.options.deadlines.silence) {
-            tracing::warn!(error = %error, "a connection was not usable");
-            continue;
-        }
-        let link = ControlLink::new(stream);
-        match link.receive(Limits::default()) {
-            Ok(Message::Hello(hello)) => {
-                let place = |d: &Box<dyn MigrationDevice>| {
-                    hello.offer.devices.iter().position(|o| o.id == *d.id()).unwrap_or(usize::MAX)
+        let heard =
+            door.next(&mut *lent.acceptor, GLANCE).map_err(|e| fail(e.to_string()).with_errno(e.errno))?;
+        let Some((stream, message)) = heard else { continue };
+        match message {
+            Message::Hello(hello) => {
+                let place = |id: &DeviceId| {
+                    hello.offer.devices.iter().position(|offer| offer.id == *id).unwrap_or(usize::MAX)
                 };
-                devices.sort_by_key(place);
-                return Ok(Heard { link, hello });
+                devices.sort_by_key(|device| place(device.id()));
+                return Ok(Heard { link: ControlLink::new(stream), hello });
             }
-            Ok(other) => {
+            other => {
                 tracing::warn!(message = %other.kind(), "a connection began with another message than HELLO")
             }
-            Err(error) => tracing::warn!(error = %error, "a connection began with something else than HELLO"),
         }
     }
 }

@@ -7,7 +7,8 @@ use super::session::Session;
 use crate::interrupts;
 use crate::machine::PendingInterrupt;
 use crate::set::{LoadedSet, LoadingSet};
-use airlift_core::{Failure, PeerDma, Phase, Side};
+use airlift_core::{Errno, Failure, PeerDma, Phase, Side};
+use std::time::Duration;
 
 /// A destination that holds the guest and does not run it.
 pub(super) struct Holding {
@@ -16,18 +17,42 @@ pub(super) struct Holding {
     pub(super) peer_dma: PeerDma,
 }
 
+/// How long the machine is asked to wait at a time: the inbox is looked at in between.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// Waits until the VMM has moved all memory. `false`: the migration has failed.
+fn external_memory(session: &mut Session) -> bool {
+    let begun = session.now();
+    let until = begun.after(session.options.deadlines.stop_copy);
+    loop {
+        let left = until.since(session.now());
+        match session.machine.external_memory_barrier(left.min(SLICE)) {
+            Ok(()) => break,
+            Err(error) if error.errno == Some(Errno::ETIMEDOUT) && session.now() < until => {
+                session.catch_up();
+                if session.fallen() {
+                    return false;
+                }
+            }
+            Err(error) => {
+                session.fail_machine(Phase::Load, &error);
+                return false;
+            }
+        }
+    }
+    session.figures.memory = session.now().since(begun);
+    true
+}
+
 pub(super) fn run(session: &mut Session, set: LoadingSet, received: Received) -> Result<Holding, Standing> {
     if !session.enter(Phase::Load) {
         return Err(Standing::Loading(set));
     }
     tracing::debug!(name: "vfio_load_state", devices = set.ids().len());
-    let begun = session.now();
-    if received.external_memory
-        && let Err(error) = session.machine.external_memory_barrier(session.options.deadlines.stop_copy)
-    {
-        session.fail_machine(Phase::Load, &error);
+    if received.external_memory && !external_memory(session) {
         return Err(Standing::Loading(set));
     }
+    let begun = session.now();
     let mut pending = Vec::new();
     for record in &received.records {
         if record.name == interrupts::NAME {

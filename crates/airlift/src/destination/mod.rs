@@ -8,6 +8,7 @@
 //! devices reset; after it this side holds, and what it does is the protocol's to say.
 
 mod commit;
+mod door;
 mod listen;
 mod load;
 mod negotiate;

@@ -1,6 +1,7 @@
 //! Negotiate: the compatibility report, ACCEPT, the data connections, and OPENED in the journal. No
 //! device has been touched when this phase ends.
 
+use super::door::Door;
 use super::listen::Heard;
 use super::reset::Standing;
 use super::session::{Session, Wake};
@@ -8,12 +9,12 @@ use crate::event::Event;
 use crate::link::Stream;
 use crate::machine::MachineMemory;
 use crate::set::DeviceSet;
-use crate::wire::control::receive;
 use airlift_core::commit::{DestinationInput, Opened};
 use airlift_core::{Failure, Limits as OfferLimits, Offer, Phase, Side, compare};
 use airlift_stream::frame::{MAX_PAYLOAD, VERSION};
 use airlift_stream::message::{Hello, Report, Token};
 use airlift_stream::{Limits, Message};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Frames of one device that are on their way at most: more do not make one connection faster.
@@ -34,6 +35,7 @@ pub(super) struct Agreed {
     pub(super) data: Vec<Stream>,
     /// Frames of each device that may be on their way.
     pub(super) room: usize,
+    /// The largest payload of a device's frame.
     pub(super) max_payload: u32,
     pub(super) assume_no_peer_dma: bool,
 }
@@ -102,7 +104,13 @@ fn agree(session: &mut Session, set: &mut DeviceSet, hello: &Hello) -> Result<Op
         ))
         .advise("raise the budget: 128 KiB for each device at least")
     })?;
+    // The budget bounds device frames alone: nothing keeps the others.
     let max_payload = payload.min(hello.offer.limits.frame_payload);
+    if u64::from(max_payload) < LEAST_PAYLOAD {
+        return Err(fail(format!(
+            "the source sends frames of at most {max_payload} bytes; {LEAST_PAYLOAD} are the least"
+        )));
+    }
     let channels = hello.offer.limits.channels.clamp(1, session.options.max_channels.clamp(1, 64));
     let own = Offer {
         devices: set.offers(),
@@ -176,21 +184,19 @@ fn accepted(session: &mut Session) -> bool {
 /// Takes as many data connections as there are tokens; a connection without one is shown out.
 fn join(session: &mut Session, mut tokens: Vec<Token>) -> Result<Option<Vec<Stream>>, Failure> {
     let mut data = Vec::with_capacity(tokens.len());
+    let clock = Arc::clone(&session.recorder.environment.clock);
+    let mut door = Door::new(Limits::new(64), session.options.deadlines.silence, clock);
     while !tokens.is_empty() {
-        match session.wait(None, Duration::ZERO) {
-            Wake::Message(other) => session.unexpected(&other),
-            Wake::Ordered => return Ok(None),
-            Wake::Set(_) | Wake::Data(_) | Wake::Time => {}
+        // A source whose last JOIN is on its way goes on already: what it says then is for later.
+        session.catch_up();
+        if session.fallen() {
+            return Ok(None);
         }
-        let accepted =
-            session.acceptor.accept(GLANCE).map_err(|e| fail(e.to_string()).with_errno(e.errno))?;
-        let Some(stream) = accepted else { continue };
-        if let Err(error) = stream.set_silence(session.options.deadlines.silence) {
-            tracing::warn!(error = %error, "a connection was not usable");
-            continue;
-        }
-        match receive(&stream, Limits::new(64)) {
-            Ok(Message::Join { session: id, token }) if id == session.protocol.session() => {
+        let heard =
+            door.next(&mut *session.acceptor, GLANCE).map_err(|e| fail(e.to_string()).with_errno(e.errno))?;
+        let Some((stream, message)) = heard else { continue };
+        match message {
+            Message::Join { session: id, token } if id == session.protocol.session() => {
                 match tokens.iter().position(|t| *t == token) {
                     Some(index) => {
                         tokens.swap_remove(index);
@@ -200,10 +206,9 @@ fn join(session: &mut Session, mut tokens: Vec<Token>) -> Result<Option<Vec<Stre
                     None => tracing::warn!("a data connection came with a token that is not open"),
                 }
             }
-            Ok(other) => {
+            other => {
                 tracing::warn!(message = %other.kind(), "a data connection of another session was shown out")
             }
-            Err(error) => tracing::warn!(error = %error, "a data connection did not begin with JOIN"),
         }
     }
     Ok(Some(data))

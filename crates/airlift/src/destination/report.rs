@@ -4,7 +4,6 @@ use super::session::Session;
 use crate::machine::MachineError;
 use crate::report::{MemoryReport, MigrationReport, Outcome, Running};
 use crate::set::{DeviceSet, Recorder, ms};
-use crate::wire::frames::WireError;
 use airlift_core::commit::RecordKind;
 use airlift_core::{CompatReport, DeviceId, Failure, Timestamp};
 use airlift_stream::message::{DeviceTransition, LoadedTerms, RunningTerms};
@@ -18,11 +17,11 @@ pub(super) struct Figures {
     pub(super) outcome: Option<Outcome>,
     pub(super) incompatible: bool,
     pub(super) error: Option<Failure>,
-    pub(super) link_error: Option<WireError>,
     pub(super) compatibility: Option<CompatReport>,
     pub(super) notes: Vec<String>,
     /// Devices by their number.
     pub(super) ids: Vec<DeviceId>,
+    pub(super) memory: Duration,
     pub(super) config: Duration,
     pub(super) load: Duration,
     journal_loaded: Duration,
@@ -55,8 +54,8 @@ impl Figures {
         self.loaded = LoadedTerms {
             load_us: us(self.load),
             config_us: us(self.config),
-            // Memory is written as it arrives: the source counts it as data under way.
-            memory_us: 0,
+            // What the engine moves is written as it arrives: the source counts it as data under way.
+            memory_us: us(self.memory),
             journal_us: us(self.journal_loaded),
             transitions,
         };

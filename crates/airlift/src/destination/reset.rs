@@ -38,12 +38,20 @@ pub(super) fn run(session: &mut Session, standing: Standing) -> Standing {
         Standing::Loading(set) => (set.abandon(), true),
         Standing::Loaded(set) => (set.abandon(), true),
     };
+    // No vCPU has run: what was opened for them is closed while the devices still answer.
+    if std::mem::take(&mut session.access_open)
+        && let Err(error) = session.machine.close_device_access()
+    {
+        session.figures.notes.push(format!("access to the devices stays open: {error}"));
+    }
     let failed = if touched { set.reset(session.options.deadlines.rollback) } else { Vec::new() };
     for (id, error) in &failed {
         session.figures.notes.push(format!("{id}: could not be reset: {error}"));
     }
+    // The source takes it back when it hears ABANDONED: it must be free by then.
+    let released = !session.reclaimed || release(session);
     // A device whose server is gone holds nothing any more; one that does not answer may.
-    if failed.iter().all(|(_, error)| error.kind == DeviceErrorKind::Lost) {
+    if released && failed.iter().all(|(_, error)| error.kind == DeviceErrorKind::Lost) {
         session.feed(DestinationInput::DevicesReset);
     } else {
         session.feed(DestinationInput::ResetFailed);
@@ -51,12 +59,22 @@ pub(super) fn run(session: &mut Session, standing: Standing) -> Standing {
     Standing::Idle(set)
 }
 
+fn release(session: &mut Session) -> bool {
+    let result = session.machine.release_shared();
+    session.reclaimed = result.is_err();
+    if let Err(error) = result {
+        session.figures.notes.push(format!("what both sides share could not be given up again: {error}"));
+    }
+    !session.reclaimed
+}
+
 impl Session {
     /// Ends the connections, asks the machine whether it runs, and makes the report.
     pub(super) fn end(mut self, standing: Standing) -> Ended {
         // A failure before the first phase has its order still open.
         let standing = run(&mut self, standing);
-        if self.figures.outcome == Some(Outcome::Completed) {
+        // In doubt there is nothing to tell.
+        if self.figures.committed_at.is_some() && self.figures.outcome != Some(Outcome::InDoubt) {
             commit::linger(&mut self);
         } else if let Some(link) = &self.link {
             link.finish();

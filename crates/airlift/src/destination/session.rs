@@ -1,5 +1,6 @@
 //! What all phases of the destination share, and the one place where it waits.
 
+use super::door::Door;
 use super::report::Figures;
 use crate::control::Control;
 use crate::event::Event;
@@ -8,7 +9,7 @@ use crate::machine::{Machine, MachineError};
 use crate::options::DestinationOptions;
 use crate::report::Outcome;
 use crate::set::{Recorder, SetEvent};
-use crate::wire::control::ControlLink;
+use crate::wire::control::{Admission, Allowance, ControlLink, Ticket};
 use crate::wire::frames::WireError;
 use crate::wire::inbound::Arrival;
 use airlift_core::commit::{
@@ -16,9 +17,14 @@ use airlift_core::commit::{
     Outcome as ProtocolOutcome, Record, RecordKind, SessionId,
 };
 use airlift_core::{Failure, Phase, Side, Timestamp};
-use airlift_stream::Message;
+use airlift_stream::{Limits, Message};
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// How long to wait at a time when the protocol has no deadline.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// What the embedder lends to a session.
 pub(super) struct Lent {
@@ -33,8 +39,10 @@ pub(super) struct Lent {
 /// What other threads tell the session's thread.
 #[derive(Debug)]
 pub(super) enum Input {
-    /// From the control connection of this number; an error is its end.
-    Control(u32, Result<Message, WireError>),
+    /// From the control connection of this number.
+    Control(u32, Message, Ticket),
+    /// The control connection of this number has ended.
+    ControlLost(u32, WireError),
     /// From a data connection.
     Data { lane: usize, arrival: Arrival },
     /// A cancel was accepted.
@@ -43,6 +51,7 @@ pub(super) enum Input {
 
 /// Why [`Session::wait`] has returned.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and taken apart at once")]
 pub(super) enum Wake {
     /// A message that is not the protocol's own.
     Message(Message),
@@ -75,9 +84,20 @@ pub(super) struct Session {
     pub(super) options: DestinationOptions,
     pub(super) mail: Sender<Input>,
     inbox: Receiver<Input>,
+    /// What has come before the phase that it is for.
+    early: VecDeque<(Wake, Option<Ticket>)>,
     pub(super) link: Option<ControlLink>,
     link_number: u32,
-    pinged: (u64, Timestamp),
+    /// Where the source comes back to.
+    door: Door,
+    /// Why the control connection has just ended: the cause of what follows from that.
+    lost_by: Option<Failure>,
+    /// What both sides share was taken here, and not given up again.
+    pub(super) reclaimed: bool,
+    /// Access to the devices was opened, and not closed again.
+    pub(super) access_open: bool,
+    /// The source has said DONE.
+    pub(super) source_knows: bool,
     pub(super) orders: Orders,
     pub(super) figures: Figures,
 }
@@ -103,6 +123,7 @@ impl Session {
             reset: d.rollback.saturating_mul(2),
         };
         let now = recorder.now();
+        let door = Door::new(Limits::new(64), d.silence, Arc::clone(&recorder.environment.clock));
         let mut session = Self {
             protocol: DestinationMachine::new(id, deadlines, now),
             machine,
@@ -113,9 +134,14 @@ impl Session {
             options,
             mail,
             inbox,
+            early: VecDeque::new(),
             link: None,
             link_number: 0,
-            pinged: (0, now),
+            door,
+            lost_by: None,
+            reclaimed: false,
+            access_open: false,
+            source_knows: false,
             orders: Orders::default(),
             figures: Figures::default(),
         };
@@ -144,6 +170,11 @@ impl Session {
 
     /// Tells the protocol of a phase.
     pub(super) fn advance(&mut self, phase: Phase) {
+        // What this thread was busy with, or the observer, may have hidden the end.
+        self.catch_up();
+        if self.fallen() {
+            return;
+        }
         let now = self.now();
         if let Err(error) = self.protocol.handle(DestinationInput::Advanced(phase), now) {
             self.fail(Failure::new(Side::Destination, phase, error.to_string()));
@@ -169,7 +200,7 @@ impl Session {
         if !self.fallen() {
             self.recorder.emit(&Event::Failed { failure: failure.clone() });
         }
-        self.figures.error.get_or_insert(failure.clone());
+        self.figures.error.get_or_insert_with(|| failure.clone());
         self.feed(DestinationInput::Failed(Box::new(failure)));
     }
 
@@ -195,6 +226,7 @@ impl Session {
                 DestinationAction::Append(record) => self.append(&record),
                 DestinationAction::Send(message) => self.say(message),
                 DestinationAction::ResetDevices { cause } => {
+                    let cause = self.explained(cause);
                     if self.figures.error.is_none() {
                         self.recorder.emit(&Event::Failed { failure: (*cause).clone() });
                         self.figures.error = Some(*cause);
@@ -209,12 +241,29 @@ impl Session {
         }
     }
 
+    /// A failure with why the connection was lost, if it comes from that.
+    fn explained(&mut self, cause: Box<Failure>) -> Box<Failure> {
+        match self.lost_by.take() {
+            Some(lost) if cause.cause.is_none() => Box::new(cause.because(lost)),
+            _ => cause,
+        }
+    }
+
     fn append(&mut self, record: &Record) {
         let kind = record.kind();
         if kind == RecordKind::Committed {
-            // From here on the user's cancel is the source's to answer.
-            let _ = self.control.gate.close();
             self.figures.committed_at = Some(self.now());
+            // A cancel that was answered with "accepted" comes before COMMITTED (I17): nothing has
+            // started yet, so that the guest can still go back.
+            if !self.control.gate.close() {
+                let message = "the user of the destination has cancelled";
+                self.figures
+                    .error
+                    .get_or_insert_with(|| Failure::new(Side::Destination, Phase::Loaded, message));
+                let now = self.now();
+                let _ = self.protocol.handle(DestinationInput::AppendFailed(kind), now);
+                return;
+            }
         }
         let begun = self.now();
         let result = self.journal.append(record);
@@ -224,11 +273,10 @@ impl Session {
             Ok(()) => DestinationInput::Appended(kind),
             Err(error) => {
                 tracing::error!(error = %error, "the journal did not take a record");
-                self.figures.error.get_or_insert(
-                    Failure::new(Side::Destination, self.phase(), error.to_string())
-                        .with_errno(error.errno)
-                        .advise("look at the file system of the journal"),
-                );
+                let failure = Failure::new(Side::Destination, self.phase(), error.to_string())
+                    .with_errno(error.errno)
+                    .advise("look at the file system of the journal");
+                self.figures.error.get_or_insert(failure);
                 DestinationInput::AppendFailed(kind)
             }
         };
@@ -275,8 +323,15 @@ impl Session {
             ProtocolOutcome::Completed => Outcome::Completed,
             ProtocolOutcome::Cancelled => Outcome::Cancelled,
             ProtocolOutcome::Aborted { cause } => {
-                self.figures.error.get_or_insert((**cause).clone());
-                if self.figures.incompatible { Outcome::Incompatible } else { Outcome::Aborted }
+                let cause = self.explained(cause.clone());
+                self.figures.error.get_or_insert(*cause);
+                if self.figures.incompatible {
+                    Outcome::Incompatible
+                } else if self.control.gate.is_cancelled() {
+                    Outcome::Cancelled
+                } else {
+                    Outcome::Aborted
+                }
             }
             ProtocolOutcome::InDoubt { doubt } => {
                 let phase = self.phase();
@@ -293,12 +348,22 @@ impl Session {
         self.link_number += 1;
         let number = self.link_number;
         let mail = self.mail.clone();
+        let (allowance, bound) = (Allowance::default(), link.clone());
         link.read_on(
             &*self.recorder.environment.spawner,
-            airlift_stream::Limits::default(),
+            Limits::default(),
             Box::new(move |message| {
+                let input = match message.map(|message| (allowance.admit(&message), message)) {
+                    Ok((Admission::Granted(ticket), message)) => Input::Control(number, message, ticket),
+                    Ok((Admission::Refused(error), _)) => {
+                        bound.shutdown();
+                        Input::ControlLost(number, error)
+                    }
+                    Ok((Admission::Ended, _)) => return,
+                    Err(error) => Input::ControlLost(number, error),
+                };
                 // The session can be over already.
-                let _ = mail.send(Input::Control(number, message));
+                let _ = mail.send(input);
             }),
         )
         .map_err(|e| Failure::new(Side::Destination, self.phase(), e.to_string()))?;
@@ -307,9 +372,8 @@ impl Session {
     }
 
     /// Takes an input; gives what is not the protocol's own.
-    fn take(&mut self, input: Input) -> Option<Wake> {
-        let phase = self.phase();
-        let message = match input {
+    fn take(&mut self, input: Input) -> Option<(Wake, Option<Ticket>)> {
+        let (number, message, ticket) = match input {
             Input::Cancelled => {
                 let now = self.now();
                 let _ = self.protocol.cancel(now);
@@ -320,27 +384,60 @@ impl Session {
                 self.data_lost(lane, &error);
                 return None;
             }
-            Input::Data { arrival, .. } => return Some(Wake::Data(arrival)),
-            Input::Control(number, _) if number != self.link_number => return None,
-            Input::Control(_, Err(error)) => {
-                tracing::warn!(error = %error, phase = %phase, "the control connection is lost");
-                self.figures.link_error = Some(error);
-                if let Some(link) = self.link.take() {
-                    link.shutdown();
+            Input::Data { arrival, .. } => return Some((Wake::Data(arrival), None)),
+            Input::ControlLost(number, error) => {
+                if number == self.link_number {
+                    self.link_lost(&error);
                 }
-                self.feed(DestinationInput::LinkLost);
                 return None;
             }
-            Input::Control(_, Ok(message)) => message,
+            Input::Control(number, message, ticket) => (number, message, ticket),
         };
+        // What belongs to the session as such counts whichever of its connections brought it.
         let (session, said) = match message {
             Message::Commit { session } => (session, CommitMessage::Commit),
             Message::Abort { session, failure } => (session, CommitMessage::Abort(failure)),
             Message::Cancel { session } => (session, CommitMessage::Cancel),
-            other => return Some(Wake::Message(other)),
+            Message::Done { session } if session != self.protocol.session() => return None,
+            Message::Done { .. } if self.figures.committed_at.is_some() => {
+                self.source_knows = true;
+                return None;
+            }
+            _ if number != self.link_number => return None,
+            other => return Some((Wake::Message(other), Some(ticket))),
         };
         self.feed(DestinationInput::Received(session, said));
         None
+    }
+
+    fn link_lost(&mut self, error: &WireError) {
+        let phase = self.phase();
+        if self.protocol.outcome().is_none() {
+            tracing::warn!(error = %error, phase = %phase, "the control connection is lost");
+        }
+        if let Some(link) = self.link.take() {
+            link.shutdown();
+        }
+        let lost = Failure::new(Side::Destination, phase, format!("the control connection: {error}"))
+            .with_errno(error.errno());
+        self.lost_by = Some(match error {
+            WireError::Protocol(_) | WireError::Frame(_) | WireError::Message(_) => lost,
+            _ => lost.advise("look at the source: it ended, or the network between the hosts was cut"),
+        });
+        self.feed(DestinationInput::LinkLost);
+        self.lost_by = None;
+    }
+
+    /// Takes everything that has come, without waiting. What is for a phase is kept for it.
+    pub(super) fn catch_up(&mut self) {
+        while let Ok(input) = self.inbox.try_recv() {
+            if let Some(kept) = self.take(input) {
+                self.early.push_back(kept);
+            }
+        }
+        let now = self.now();
+        self.protocol.handle_timeout(now);
+        self.act();
     }
 
     /// The source ends its data connections when it gives up, and says why on the control connection:
@@ -353,7 +450,9 @@ impl Session {
         {
             match self.inbox.recv_timeout(until.since(self.now())) {
                 Ok(Input::Data { .. }) => {}
-                Ok(input) => drop(self.take(input)),
+                Ok(input) => {
+                    let _ = self.take(input);
+                }
                 Err(_) => break,
             }
         }
@@ -382,9 +481,15 @@ impl Session {
             let now = self.now();
             self.protocol.handle_timeout(now);
             self.act();
-            self.ping(now);
+            // While the source is awaited nothing else may go unheard.
+            if self.orders.await_reconnection {
+                self.catch_up();
+            }
             if self.ordered() {
                 return Wake::Ordered;
+            }
+            if let Some((wake, _ticket)) = self.early.pop_front() {
+                return wake;
             }
             let timeout = self.next_timer(now).min(until.since(now));
             crossbeam_channel::select_biased! {
@@ -394,7 +499,7 @@ impl Session {
                     }
                 }
                 recv(self.inbox) -> input => {
-                    if let Ok(input) = input && let Some(wake) = self.take(input) {
+                    if let Ok(input) = input && let Some((wake, _ticket)) = self.take(input) {
                         return wake;
                     }
                 }
@@ -416,34 +521,47 @@ impl Session {
     }
 
     fn next_timer(&self, now: Timestamp) -> Duration {
-        let ping = self.options.deadlines.silence / 3;
-        self.protocol.poll_timeout().map_or(ping, |at| at.since(now).min(ping))
+        self.protocol.poll_timeout().map_or(LONGEST_WAIT, |at| at.since(now).min(LONGEST_WAIT))
     }
 
-    /// Says something when nothing was said for a while, so that silence means a loss.
-    fn ping(&mut self, now: Timestamp) {
-        let Some(sent) = self.link.as_ref().map(ControlLink::sent) else { return };
-        let (last, at) = self.pinged;
-        if sent != last {
-            self.pinged = (sent, now);
-        } else if now.since(at) >= self.options.deadlines.silence / 3 {
-            self.send(&Message::Ping(sent));
-            self.pinged = (sent + 1, now);
+    /// Takes the source's new control connection, if one comes within `patience`.
+    pub(super) fn await_source(&mut self, patience: Duration) {
+        let heard = match self.door.next(&mut *self.acceptor, patience) {
+            Ok(heard) => heard,
+            Err(error) => {
+                tracing::warn!(error = %error, "no connection can be taken now");
+                if let Ok(input) = self.inbox.recv_timeout(patience)
+                    && let Some(kept) = self.take(input)
+                {
+                    self.early.push_back(kept);
+                }
+                None
+            }
+        };
+        match heard {
+            Some((stream, Message::Resume { session })) if session == self.protocol.session() => {
+                match self.adopt(ControlLink::new(stream)) {
+                    Ok(()) => self.feed(DestinationInput::Reconnected),
+                    Err(failure) => self.fail(failure),
+                }
+            }
+            Some((_, other)) => {
+                tracing::warn!(message = %other.kind(), "a connection of another session was shown out");
+            }
+            None => {}
         }
     }
 
-    /// Waits until the other side has closed the control connection. `false`: it was cut, or the time
-    /// is over.
-    pub(super) fn hear_the_end(&mut self, patience: Duration) -> bool {
+    /// Waits until the source has said DONE or the control connection has ended, at most `patience`.
+    pub(super) fn hear_the_end(&mut self, patience: Duration) {
         let until = self.now().after(patience);
-        loop {
+        while !self.source_knows && self.link.is_some() {
             match self.inbox.recv_timeout(until.since(self.now())) {
-                Ok(Input::Control(number, Err(error))) if number == self.link_number => {
-                    return error == WireError::Closed;
-                }
                 // A source that has not heard asks again, and is told again.
-                Ok(input) => drop(self.take(input)),
-                Err(_) => return false,
+                Ok(input) => {
+                    let _ = self.take(input);
+                }
+                Err(_) => return,
             }
         }
     }
