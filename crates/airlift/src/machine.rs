@@ -66,7 +66,7 @@ pub struct MachineRecord {
     /// Its name, 1 to 255 bytes. That of a device record does not travel: there is at most one, and it
     /// arrives as `config`.
     pub name: String,
-    /// Its content, at most 1,000,000 bytes.
+    /// Its content, at most 1,000,000 bytes; 4096 records and 64 MiB are the most of a machine.
     pub data: Vec<u8>,
 }
 
@@ -91,8 +91,10 @@ pub struct PendingInterrupt {
 /// (if it was released), `open_device_access`, `inject_interrupts`, `resume`; and in the end always
 /// `stop_dirty`, `running`.
 ///
-/// On the destination: `blockers`, `memory_layout`, `memory`, `load_record`…, `reclaim_shared`,
-/// (devices run) `open_device_access`, `inject_interrupts`, `resume`.
+/// On the destination: `blockers`, `memory_layout`, `memory`, `load_record`…, then in the downtime
+/// `reclaim_shared`, (devices run) `open_device_access`, `inject_interrupts`, `resume`. When one of them
+/// but `resume` fails, the guest goes back: `close_device_access` if it was opened, (devices are reset)
+/// `release_shared` if it was taken. In the end always `running`.
 pub trait Machine: Send {
     /// Everything that forbids a migration now; empty when nothing does.
     ///
@@ -191,14 +193,18 @@ pub trait Machine: Send {
     /// after [`save_records`](Self::save_records), in the downtime: it may write guest memory, for the
     /// final dirty sync comes after it.
     ///
+    /// On the destination it is called after a start that failed: only when it has succeeded may the
+    /// source run again.
+    ///
     /// # Errors
-    /// When it cannot be given up; before COMMIT the migration is rolled back.
+    /// When it cannot be given up: on the source the migration is rolled back, on the destination it is
+    /// in doubt.
     fn release_shared(&mut self) -> Result<(), MachineError>;
 
     /// Takes what both sides share: on the destination before it runs, on the source in a rollback.
     ///
     /// # Errors
-    /// When it cannot be taken.
+    /// When it cannot be taken; nothing of it is held then.
     fn reclaim_shared(&mut self) -> Result<(), MachineError>;
 
     /// A device was reset by policy: what the guest sees of it is lost, and config and interrupts
