@@ -63,8 +63,8 @@ impl ControlLink {
         Ok(())
     }
 
-    /// Messages sent so far; a caller that sees no change for a while sends PING.
-    pub(crate) fn sent(&self) -> u64 {
+    /// Messages sent so far.
+    fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
@@ -237,5 +237,54 @@ pub(crate) fn receive(stream: &Stream, limits: Limits) -> Result<Message, WireEr
             continue;
         }
         return Ok(Message::decode(&header, &payload)?);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spawn::StdSpawner;
+    use crossbeam_channel::unbounded;
+    use std::os::unix::net::UnixStream;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    // W-PING
+    #[test]
+    fn the_reader_asks_by_itself_whether_the_other_side_is_there() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (ours, theirs) = (Stream::from(ours), Stream::from(theirs));
+        ours.set_silence(Duration::from_millis(90)).unwrap();
+        theirs.set_silence(LONG).unwrap();
+        let link = ControlLink::new(ours);
+        let (deliver, delivered) = unbounded();
+        let deliver = Box::new(move |message| drop(deliver.send(message)));
+        link.read_on(&StdSpawner, Limits::default(), deliver).unwrap();
+        // Nobody waits on our side, as when its thread is in a long step.
+        let Message::Ping(number) = receive(&theirs, Limits::default()).unwrap() else { panic!("no PING") };
+        write_all(&theirs, &Message::Pong(number).encode(0).unwrap()).unwrap();
+        let end = delivered.recv_timeout(LONG).unwrap();
+        assert_eq!(end, Err(WireError::Silent), "three looks found nothing");
+        assert!(link.round_trip().is_some(), "the PONG was timed");
+    }
+
+    // W-INBOX
+    #[test]
+    fn what_waits_is_bounded_and_what_was_taken_makes_room() {
+        let allowance = Allowance::default();
+        let small = Message::InitAck { device: 0, generation: 1 };
+        let large = Message::Cancel { session: airlift_core::commit::SessionId(1) };
+        let admit = |message: &Message| match allowance.admit(message) {
+            Admission::Granted(ticket) => ticket,
+            refused => panic!("{refused:?}"),
+        };
+        for _ in 0..10 * INBOX {
+            drop(admit(&small));
+        }
+        let mut held: Vec<_> = (0..INBOX / LARGE - 1).map(|_| admit(&large)).collect();
+        held.extend((0..LARGE).map(|_| admit(&small)));
+        assert!(matches!(allowance.admit(&small), Admission::Refused(WireError::Protocol(_))));
+        drop(held);
+        assert!(matches!(allowance.admit(&small), Admission::Ended), "a breach is not forgotten");
     }
 }
