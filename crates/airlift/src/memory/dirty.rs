@@ -9,6 +9,9 @@ use airlift_core::{
     DeviceId, DirtyMap, DirtySource, GpaRange, InvalidLayout, IovaMap, IovaRange, MemoryLayout,
 };
 
+/// A device, what it can reach, and who reports its DMA.
+pub(crate) type Reporter = (DeviceId, IovaMap, Option<Box<dyn DirtySource>>);
+
 struct Domain {
     device: DeviceId,
     map: IovaMap,
@@ -38,7 +41,7 @@ impl DirtyTracking {
     /// When the machine cannot track its own writes.
     pub(crate) fn start(
         layout: &MemoryLayout,
-        sources: Vec<(DeviceId, IovaMap, Option<Box<dyn DirtySource>>)>,
+        sources: Vec<Reporter>,
         machine: &mut dyn Machine,
         notes: &mut Vec<String>,
     ) -> Result<Self, TrackingError> {

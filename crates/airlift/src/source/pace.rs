@@ -61,7 +61,7 @@ impl Pace {
     /// Bytes a second. While the connections never had all that they can take, the most that they have
     /// carried; `None` when that is nothing.
     pub(super) fn bandwidth(&self) -> Option<u64> {
-        self.bandwidth.or(self.carried.filter(|carried| *carried > 0))
+        self.bandwidth.or_else(|| self.carried.filter(|carried| *carried > 0))
     }
 
     /// Nothing has ever been sent.

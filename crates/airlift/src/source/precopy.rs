@@ -207,7 +207,7 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
         let result = if stats.is_some() { None } else { sweep.as_ref().map(Sweep::result) };
         match session.wait(Some(&events), result, patience) {
             Wake::Message(message) => session.unexpected(&message),
-            Wake::Set(event) => fail_on(session, set, event),
+            Wake::Set(event) => fail_on(session, set, *event),
             Wake::Other(Some(Ok((map, swept)))) => {
                 stats = Some(swept);
                 sweeping = session.now().since(begun);

@@ -47,7 +47,7 @@ pub(super) enum Wake<T> {
     /// A message that is not the protocol's own.
     Message(Message),
     /// A device's worker says something.
-    Set(SetEvent),
+    Set(Box<SetEvent>),
     /// What was waited for beside everything else.
     Other(T),
     /// The time is over.
@@ -247,7 +247,7 @@ impl Session {
                 SourceAction::RollBack { cause } => {
                     let cause = self.overtaken.take().unwrap_or(cause);
                     self.recorder.emit(&Event::Failed { failure: (*cause).clone() });
-                    self.figures.error.get_or_insert((*cause).clone());
+                    self.figures.error.get_or_insert_with(|| (*cause).clone());
                     self.orders.roll_back = Some(cause);
                 }
                 SourceAction::FinishSource => self.orders.finish = true,
@@ -320,7 +320,7 @@ impl Session {
             ProtocolOutcome::Completed => Outcome::Completed,
             ProtocolOutcome::Cancelled => Outcome::Cancelled,
             ProtocolOutcome::Aborted { cause } => {
-                self.figures.error.get_or_insert((**cause).clone());
+                self.figures.error.get_or_insert_with(|| (**cause).clone());
                 if self.figures.incompatible {
                     Outcome::Incompatible
                 } else if self.control.gate.is_cancelled() {
@@ -357,10 +357,10 @@ impl Session {
             &*self.recorder.environment.spawner,
             airlift_stream::Limits::default(),
             Box::new(move |message| {
-                if let (Ok(Message::Credit { device, frames }), Some(sink)) = (&message, sink.get()) {
-                    if sink.credit(*device, *frames) {
-                        return;
-                    }
+                if let (Ok(Message::Credit { device, frames }), Some(sink)) = (&message, sink.get())
+                    && sink.credit(*device, *frames)
+                {
+                    return;
                 }
                 let input = match message.map(|message| (allowance.admit(&message), message)) {
                     Ok((Admission::Granted(ticket), message)) => Input::Control(number, message, ticket),
@@ -541,7 +541,7 @@ impl Session {
                 }
                 recv(set) -> event => {
                     if let Ok(event) = event {
-                        return Wake::Set(event);
+                        return Wake::Set(Box::new(event));
                     }
                 }
                 recv(other) -> value => return Wake::Other(value.ok()),

@@ -104,7 +104,7 @@ impl Stock {
         let device_body = (HALF_BUDGET / (lanes + devices).max(1)).max(LEAST_BODY).min(largest).max(1);
         let wanted = lanes * (QUEUE + 1) + devices;
         let device_count = wanted.min(HALF_BUDGET / device_body).max(devices + 1);
-        let memory_count = (lanes * (QUEUE + 2) + 2).min(HALF_BUDGET / MEMORY_BODY).max(3);
+        let memory_count = (lanes * (QUEUE + 2) + 2).clamp(3, HALF_BUDGET / MEMORY_BODY);
         Self { device_count, device_body, memory_count }
     }
 }
