@@ -55,7 +55,8 @@ impl FileJournal {
         let path = path.as_ref().to_owned();
         let file = OpenOptions::new().append(true).create_new(true).open(&path)?;
         if durability == Durability::Power {
-            let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let parent =
+                path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
             File::open(parent)?.sync_all()?;
         }
         Ok(Self { file, path, durability, whole: 0, torn: false })
@@ -189,9 +190,10 @@ mod tests {
         let (_dir, path) = path();
         let mut journal = FileJournal::create(&path, Durability::Process).unwrap();
         journal.append(&Record::Loaded).unwrap();
+        let first = std::fs::read(&path).unwrap().len();
         journal.append(&Record::Committed).unwrap();
         let mut bytes = std::fs::read(&path).unwrap();
-        bytes[12] ^= 1;
+        bytes[first + 12] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         assert!(matches!(FileJournal::read(&path), Err(ReadJournalError::Damaged { line: 2, .. })));
     }
