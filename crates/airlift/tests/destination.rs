@@ -1,5 +1,6 @@
 //! The destination against strangers, users who change their mind, devices and machines that fail to
 //! start, and connections that are cut at the worst moment.
+#![allow(clippy::unwrap_used, reason = "a test fails where it must")]
 
 mod support;
 

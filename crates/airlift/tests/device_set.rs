@@ -1,4 +1,5 @@
 //! A set of devices by itself: what a stuck, a failing and a lost device do to the others.
+#![allow(clippy::unwrap_used, reason = "a test fails where it must")]
 
 use airlift::core::{
     Capabilities, Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Fate,

@@ -20,6 +20,24 @@ pub(crate) struct UnitError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) u64);
 
+/// The size of a device's state: whole pages, at least one.
+pub(crate) fn state_size(text: &str) -> Result<Size, String> {
+    multiple(text, 4096, 4096)
+}
+
+/// The size of a simulated guest's memory: a multiple of 64 KiB, at least 2 MiB.
+pub(crate) fn guest_memory(text: &str) -> Result<Size, String> {
+    multiple(text, 64 << 10, airlift_softdevice::simvm::MIN_MEMORY)
+}
+
+fn multiple(text: &str, of: u64, least: u64) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
+    if size.0 < least || !size.0.is_multiple_of(of) {
+        return Err(format!("it must be a multiple of {} KiB, and at least {} KiB", of >> 10, least >> 10));
+    }
+    Ok(size)
+}
+
 /// Bytes, or events, per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(pub(crate) u64);

@@ -34,9 +34,7 @@ mod time;
 pub use address::{Gpa, GpaRange, Iova, IovaMap, IovaMapping, IovaRange, MemoryLayout, MemoryRegion};
 pub use arcs::{Arc, ArcSession, PathError, arcs, next as next_state, path};
 pub use compat::{CompatReport, DeviceOffer, Finding, Limits, Offer, Severity, compare};
-pub use convergence::{
-    Convergence, ConvergenceConfig, Decision, DeviceLeft, Round, StallCause, StallPolicy,
-};
+pub use convergence::{Convergence, ConvergenceConfig, Decision, DeviceLeft, Round, StallCause, StallPolicy};
 pub use device::{
     Chunk, Interrupter, LoadSession, MigrationDevice, Piece, PrecopyInfo, SaveSession, Session,
 };

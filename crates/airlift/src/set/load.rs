@@ -109,8 +109,8 @@ impl Incoming {
             let _ = self.events.send(SetEvent::InitialData { device, generation });
         }
         if self.ended {
-            let totals = self.decoder.finish()?.clone();
-            let _ = self.events.send(SetEvent::Ended { device, totals });
+            let totals = *self.decoder.finish()?;
+            let _ = self.events.send(SetEvent::Ended { device, totals: Box::new(totals) });
         }
         Ok(())
     }

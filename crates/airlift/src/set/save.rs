@@ -312,7 +312,7 @@ impl Outgoing {
         }
         self.stream.sink.send(self.stream.index, buffer)?;
         tracing::debug!(name: "vfio_save_complete_precopy", device = %self.saving.device.id());
-        Ok(self.stream.encoder.totals().clone())
+        Ok(*self.stream.encoder.totals())
     }
 
     /// Ends the session.

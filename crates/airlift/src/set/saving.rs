@@ -210,25 +210,34 @@ impl SavingSet {
         if how.skip_p2p {
             plan = plan.skip_p2p();
         }
-        let mut late = Vec::new();
+        let mut late = None;
         for stage in plan.stages() {
             match stage.kind {
                 StageKind::PeerQuiet => {
                     self.members
                         .stage(stage, deadline, |target| move |post: &mut Post| post.quiesce_p2p(target))?;
-                    let which = self.members.present();
-                    let answers = self.members.ask(&which, deadline, |_| Post::late_reinit);
-                    let answers = self.members.all_ok(answers)?;
-                    let ids = self.members.ids();
-                    late.extend(answers.into_iter().filter(|(_, is)| *is).map(|(i, _)| ids[i].clone()));
+                    late = Some(self.late_reinits(deadline)?);
                 }
                 StageKind::Stop | StageKind::Run | StageKind::Reset => {
+                    // Without P2P this is the last moment at which pre-copy can be asked.
+                    if late.is_none() {
+                        late = Some(self.late_reinits(deadline)?);
+                    }
                     self.members.stage(stage, deadline, |_| Post::stop)?;
                 }
             }
         }
         // A device that was in STOP_COPY already has no stage and no session: it was not ours.
-        Ok(late)
+        Ok(late.unwrap_or_default())
+    }
+
+    /// The devices that announce new initial data although the decision to stop was made.
+    fn late_reinits(&mut self, deadline: Duration) -> Result<Vec<DeviceId>, SetError> {
+        let which = self.members.present();
+        let answers = self.members.ask(&which, deadline, |_| Post::late_reinit);
+        let answers = self.members.all_ok(answers)?;
+        let ids = self.members.ids();
+        Ok(answers.into_iter().filter(|(_, is)| *is).map(|(i, _)| ids[i].clone()).collect())
     }
 
     /// Ends saving: every device back to what it was.
@@ -294,7 +303,7 @@ pub struct Draining {
 /// One device of a set that is being drained.
 enum Drain {
     Running(Answer<Result<StreamTotals, StreamFault>>),
-    Done(StreamTotals),
+    Done(Box<StreamTotals>),
     /// The device was given up before.
     Nobody,
 }
@@ -333,7 +342,7 @@ impl Draining {
             let index = running[ready];
             let Drain::Running(answer) = &self.drains[index] else { continue };
             match answer.0.try_recv() {
-                Ok(Ok(totals)) => self.drains[index] = Drain::Done(totals),
+                Ok(Ok(totals)) => self.drains[index] = Drain::Done(Box::new(totals)),
                 Ok(Err(fault)) => {
                     return Err(SetError::Device { device: self.members.ids()[index].clone(), fault });
                 }
@@ -354,7 +363,7 @@ impl Draining {
     /// Gives itself back while a device still drains.
     pub fn finish(self) -> Result<DrainedSet, Box<Self>> {
         let done = |drain: &Drain| match drain {
-            Drain::Done(totals) => Some(*totals),
+            Drain::Done(totals) => Some(**totals),
             Drain::Running(_) | Drain::Nobody => None,
         };
         match self.drains.iter().map(done).collect() {

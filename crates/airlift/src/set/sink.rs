@@ -55,7 +55,7 @@ pub enum SetEvent {
         /// Position of the device in its set.
         device: u32,
         /// What arrived.
-        totals: StreamTotals,
+        totals: Box<StreamTotals>,
     },
     /// The device failed outside of any call.
     Failed {

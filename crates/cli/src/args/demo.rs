@@ -13,7 +13,7 @@ pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// Guest memory.
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = crate::units::guest_memory)]
     pub(crate) memory: Size,
     /// Bytes of guest memory that the vCPUs write per second.
     #[arg(long, value_name = "RATE", default_value = "50MiB/s")]

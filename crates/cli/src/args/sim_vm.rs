@@ -15,7 +15,7 @@ pub(crate) struct SimVmArgs {
     #[arg(long = "device", value_name = "ID=vfio-user:PATH", required = true)]
     pub(crate) devices: Vec<NamedDevice>,
     /// Guest memory.
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = crate::units::guest_memory)]
     pub(crate) memory: Size,
     /// Bytes of guest memory that vCPUs write per second.
     #[arg(long, value_name = "RATE", default_value = "50MiB/s")]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
     /// Bytes of the device's internal memory, all of it allocated and never the same twice.
-    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::units::state_size)]
     pub(crate) state_size: Size,
     /// Bytes of its internal memory that it changes per second.
     #[arg(long, value_name = "RATE", default_value = "1MiB/s")]

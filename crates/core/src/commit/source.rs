@@ -507,9 +507,13 @@ impl SourceMachine {
 
     fn reconnected(&mut self, now: Timestamp) {
         match &self.state {
-            State::Committed { .. } => {
+            State::Committed { reconnecting } => {
+                // The deadline of the first loss holds: a peer that takes connections and drops them
+                // must not keep this side from being in doubt.
+                if !reconnecting {
+                    self.deadline = Some(now.after(self.deadlines.reconnect));
+                }
                 self.state = State::Committed { reconnecting: true };
-                self.deadline = Some(now.after(self.deadlines.reconnect));
                 self.send(CommitMessage::Commit);
             }
             State::Doubt { recorded: true } => self.journal_commit(true, now),

@@ -20,9 +20,20 @@ const START_TIME: Duration = Duration::from_millis(20);
 
 /// What is to be done.
 pub(crate) enum Job {
-    Arc { arc: StateArc, done: Done, start_ns: u64 },
-    Reset { done: Done, start_ns: u64 },
-    Release { iova: u64, length: u64, done: Done },
+    Arc {
+        arc: StateArc,
+        done: Done,
+        start_ns: u64,
+    },
+    Reset {
+        done: Done,
+        start_ns: u64,
+    },
+    Release {
+        iova: u64,
+        length: u64,
+        done: Done,
+    },
     Check {
         /// Its number; the comparison has begun, for whoever reads the register.
         pass: u64,
