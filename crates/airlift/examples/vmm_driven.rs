@@ -8,9 +8,9 @@ mod support;
 
 use airlift::core::{DeviceState, MigrationDevice, PeerDma, ResetPolicy, Side};
 use airlift::set::{ChunkSink, Quiesce, SetEvent, SinkClosed};
+use airlift::stream::{FrameBuf, FrameHeader, HEADER_LEN, Limits};
 use airlift::vfio_user::{ClientOptions, VfioUserDevice};
 use airlift::{DeviceSet, Environment, PooledBuf};
-use airlift_stream::{FrameBuf, FrameHeader, HEADER_LEN, Limits};
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

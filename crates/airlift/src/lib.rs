@@ -34,6 +34,7 @@ pub mod vmm;
 mod wire;
 
 pub use airlift_core as core;
+pub use airlift_stream as stream;
 #[cfg(feature = "vfio-user")]
 pub use airlift_vfio_user as vfio_user;
 pub use clock::{Environment, KernelRandom, MonotonicClock, Random, kernel_boot_id};
