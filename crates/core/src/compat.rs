@@ -355,15 +355,44 @@ fn compare_devices(a: &DeviceOffer, b: &DeviceOffer, report: &mut CompatReport) 
         if ours == theirs {
             continue;
         }
-        let message = match (ours, theirs) {
-            (Some(_), Some(_)) => "the devices differ",
-            _ => "only one side states it, so it cannot be compared",
+        let both = ours.is_some() && theirs.is_some();
+        let (severity, message) = match (Weight::of(name), both) {
+            (Weight::Strict | Weight::Known, true) => (Severity::Refusal, "the devices differ"),
+            (Weight::Strict, false) => {
+                (Severity::Refusal, "only one side states it, so it cannot be compared")
+            }
+            (Weight::Known, false) => (Severity::Info, "only one side can see it, so it was not compared"),
+            (Weight::Note, true) => (Severity::Info, "the sides differ, which is allowed"),
+            (Weight::Note, false) => (Severity::Info, "only one side states it"),
         };
         report.add(
-            Finding::refusal(Some(&a.id), format!("facts.{name}"))
+            Finding::new(severity, Some(&a.id), format!("facts.{name}"))
                 .values(ours.cloned().unwrap_or_default(), theirs.cloned().unwrap_or_default())
                 .message(message),
         );
+    }
+}
+
+/// What a difference in a fact means; its name's prefix says which.
+enum Weight {
+    /// No prefix: both sides state it, and the same.
+    Strict,
+    /// `host.`: the same where both state it. A side that was handed an open device may not see what
+    /// its host calls it.
+    Known,
+    /// `info.`: good to know.
+    Note,
+}
+
+impl Weight {
+    fn of(name: &str) -> Self {
+        if name.starts_with(DeviceIdentity::HOST) {
+            Self::Known
+        } else if name.starts_with(DeviceIdentity::INFO) {
+            Self::Note
+        } else {
+            Self::Strict
+        }
     }
 }
 

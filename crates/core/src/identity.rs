@@ -72,6 +72,16 @@ pub struct StateFormat {
 pub struct DeviceIdentity {
     /// The state's format, where the device declares one.
     pub format: Option<StateFormat>,
-    /// Facts by name (`pci-vendor`, `region0-size`, `driver`): each must be equal on both sides.
+    /// Facts by name (`pci-vendor`, `region0-size`): each must be stated by both sides and be equal,
+    /// unless its name begins with [`HOST`](Self::HOST) or [`INFO`](Self::INFO).
     pub facts: BTreeMap<String, String>,
+}
+
+impl DeviceIdentity {
+    /// Prefix of facts that only the host can tell (`host.driver`, `host.mdev-type`), which a side that
+    /// was handed an open device may not see: equal where both sides state them, and a note where one
+    /// does.
+    pub const HOST: &str = "host.";
+    /// Prefix of facts whose difference is a note and never a refusal (`info.kernel`).
+    pub const INFO: &str = "info.";
 }

@@ -8,7 +8,7 @@
 //! both sides against each other thousands of times a second.
 //!
 //! The traits that the rest of Airlift is written against ([`MigrationDevice`], [`SaveSession`],
-//! [`LoadSession`], [`DirtySource`]) are here too, so that devices need no other crate.
+//! [`LoadSession`], [`DirtySource`], [`RegionAccess`]) are here too, so that devices need no other crate.
 //!
 //! Interface rules are named by their ids in `docs/rules.md` (`V2-ENOMSG` and so on).
 #![forbid(unsafe_code)]
@@ -27,6 +27,7 @@ mod estimate;
 mod identity;
 mod phase;
 mod plan;
+pub mod region;
 mod rollback;
 mod state;
 mod time;
@@ -48,6 +49,7 @@ pub use phase::{Phase, Side};
 pub use plan::{
     Action, PausePlan, PeerDma, PlanDevice, PlanRefusal, QuiescePlan, RunPlan, Stage, StageKind, Step, Unfit,
 };
+pub use region::{RegionAccess, RegionArea};
 pub use rollback::{Fate, Recovered, Recovery, ResetPolicy, ResumeDevice, ResumePlan, Rollback, recover};
 pub use state::{Capabilities, DeviceState, Interface, InvalidCapabilities, MigrationFlags};
 pub use time::{Clock, Timestamp};

@@ -111,6 +111,35 @@ fn every_difference_is_found_at_once() {
 }
 
 #[test]
+fn facts_of_the_host_are_compared_where_both_know_them_and_info_facts_are_notes() {
+    let (no, note) = (Severity::Refusal, Severity::Info);
+    let with = |facts: &[(&str, &str)]| {
+        let mut offer = offer(vec![device("nic", 7)]);
+        for (name, value) in facts {
+            offer.devices[0].identity.facts.insert((*name).into(), (*value).into());
+        }
+        offer
+    };
+    let full = with(&[("host.driver", "mtty"), ("host.mdev-type", "mtty-2"), ("info.kernel", "6.12")]);
+    // A VMM's descriptor on one side, an opened device on the other: whichever is the source.
+    let handed_in = with(&[("info.kernel", "7.3")]);
+    let expected = [
+        (Some("nic"), "facts.host.driver", note),
+        (Some("nic"), "facts.host.mdev-type", note),
+        (Some("nic"), "facts.info.kernel", note),
+    ];
+    for report in [compare(&full, &handed_in), compare(&handed_in, &full)] {
+        assert_eq!(found(&report), expected);
+        assert!(report.is_compatible());
+    }
+    let other = with(&[("host.driver", "mtty"), ("host.mdev-type", "mtty-1")]);
+    let report = compare(&full, &other);
+    let expected = [(Some("nic"), "facts.host.mdev-type", no), (Some("nic"), "facts.info.kernel", note)];
+    assert_eq!(found(&report), expected);
+    assert!(!report.is_compatible());
+}
+
+#[test]
 fn v2_p2p_barrier_several_devices_without_p2p_need_the_declaration() {
     let mut source = offer(vec![device("a", 7), device("b", 5), device("c", 1)]);
     let destination = source.clone();
