@@ -244,3 +244,26 @@ fn an_acknowledgement_of_data_that_was_not_announced_ends_the_session() {
     assert_eq!(error.phase, Phase::Precopy);
     assert!(text(Some(error)).contains("broke the protocol"), "{}", text(Some(error)));
 }
+
+// W-ROUND
+#[test]
+fn the_guest_is_not_stopped_for_memory_that_the_destination_has_not_written() {
+    let from = FakeMachine::new(Some(memory(7)), true);
+    let (dial, door) = network();
+    let device = FakeDevice::new();
+    let brief = Deadlines { precopy: LONG, stop_copy: Duration::from_millis(300), ..Deadlines::default() };
+    let source = source(&from, &device, dial, SourceOptions { deadlines: brief, ..options() });
+    let source = std::thread::spawn(move || source.run());
+    let (_peer, mut data) = Peer::negotiate(door);
+    // Takes everything, as sockets on the way would, and never says that it is written.
+    let reader = std::thread::spawn(move || {
+        let mut bytes = vec![0; 1 << 16];
+        while data.read(&mut bytes).is_ok_and(|n| n > 0) {}
+    });
+    let ended = source.join().unwrap();
+    reader.join().unwrap();
+    assert_eq!((ended.report.outcome, ended.report.source_running), (Outcome::Aborted, Running::Yes));
+    let text = text(ended.report.error.as_ref());
+    assert!(text.contains("has not written the memory of round 0"), "{text}");
+    assert!(!from.calls().contains(&"pause"), "{:?}", from.calls());
+}

@@ -82,6 +82,25 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// As [`Mapping::next_data`], in addresses. An address without memory counts as data, so that the access
+    /// which follows finds it.
+    #[must_use]
+    pub fn next_data(&self, gpa: u64, length: u64) -> Option<u64> {
+        let mut at = gpa;
+        let mut left = length;
+        while left > 0 {
+            let Some((region, offset)) = self.find(at) else { return Some(at) };
+            let here = left.min(region.mapping.len() - offset);
+            if let Some(found) = region.mapping.next_data(offset, here) {
+                return Some(at + (found - offset));
+            }
+            left -= here;
+            // Not beyond 2^64: a region ends before it.
+            at = at.saturating_add(here);
+        }
+        None
+    }
+
     /// Copies bytes out, as [`Mapping::read`].
     ///
     /// # Errors

@@ -9,8 +9,9 @@
 #![expect(unsafe_code, reason = "mmap, munmap and the views of a mapping as atomics: the crate's purpose")]
 
 use crate::MemoryError;
+use rustix::fs::SeekFrom;
 use rustix::mm::{MapFlags, ProtFlags};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -34,6 +35,8 @@ struct Inner {
     start: NonNull<u8>,
     len: usize,
     access: Access,
+    /// The file behind it and where in it the mapping begins, where the file can be asked what it holds.
+    file: Option<(Arc<OwnedFd>, u64)>,
 }
 
 // SAFETY: `start` is only used through atomics (which any thread may use at any time) and in `drop`,
@@ -112,11 +115,38 @@ impl Inner {
 }
 
 impl Mapping {
-    pub(crate) fn of_file(
+    /// Maps `length` bytes from `offset`, a multiple of the page size, of a device's descriptor, whose
+    /// size the system does not know: a part of a region of a VFIO device.
+    ///
+    /// The driver answers for the range: an access to what it later takes away raises SIGBUS.
+    ///
+    /// # Errors
+    /// When the range is empty or misaligned, or the driver refuses.
+    pub fn of_device(
         fd: BorrowedFd<'_>,
         offset: u64,
         length: u64,
         access: Access,
+    ) -> Result<Self, MemoryError> {
+        Self::of_file(fd, offset, length, access, None)
+    }
+
+    /// Maps a file that can be asked where it holds data.
+    pub(crate) fn of_shared(
+        fd: &Arc<OwnedFd>,
+        offset: u64,
+        length: u64,
+        access: Access,
+    ) -> Result<Self, MemoryError> {
+        Self::of_file(fd.as_fd(), offset, length, access, Some((Arc::clone(fd), offset)))
+    }
+
+    fn of_file(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        length: u64,
+        access: Access,
+        file: Option<(Arc<OwnedFd>, u64)>,
     ) -> Result<Self, MemoryError> {
         let page = rustix::param::page_size() as u64;
         if !offset.is_multiple_of(page) {
@@ -137,7 +167,27 @@ impl Mapping {
                 .map_err(MemoryError::system("mmap"))?;
         let start = NonNull::new(address.cast::<u8>())
             .ok_or(MemoryError::System { operation: "mmap", errno: rustix::io::Errno::FAULT })?;
-        Ok(Self(Arc::new(Inner { start, len, access })))
+        Ok(Self(Arc::new(Inner { start, len, access, file })))
+    }
+
+    /// Where the first byte of `offset..offset + length` is that may be other than zero; `None` when the
+    /// file holds nothing there, so that all of it reads as zero. Nothing is brought into memory by
+    /// asking. A file that cannot say where it holds data answers `offset`.
+    ///
+    /// Moves the file's own position, which nobody who maps the file uses.
+    #[must_use]
+    pub fn next_data(&self, offset: u64, length: u64) -> Option<u64> {
+        let Some((file, begin)) = &self.0.file else { return Some(offset) };
+        let Some(at) = begin.checked_add(offset) else { return Some(offset) };
+        match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(found) if found >= at => {
+                let ahead = found - at;
+                (ahead < length).then(|| offset.saturating_add(ahead))
+            }
+            // No data from here to the end.
+            Err(rustix::io::Errno::NXIO) => None,
+            Ok(_) | Err(_) => Some(offset),
+        }
     }
 
     /// Its length in bytes; above 0.
@@ -151,6 +201,13 @@ impl Mapping {
     #[must_use]
     pub fn access(&self) -> Access {
         self.0.access
+    }
+
+    /// Where it begins in this process, for handing it to the kernel as memory for DMA. Valid for as
+    /// long as a clone of the mapping lives; what is read there can change at any moment.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.0.start.as_ptr()
     }
 
     /// Copies bytes out. Aligned words of 8 bytes do not tear; the whole is no snapshot.

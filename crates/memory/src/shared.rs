@@ -4,11 +4,12 @@ use crate::{Access, Mapping, MemoryError};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 /// A file that is mapped as memory, usually a memfd that is shared with another process.
 #[derive(Debug)]
 pub struct SharedMemory {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     size: u64,
 }
 
@@ -22,7 +23,7 @@ impl SharedMemory {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, size)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(Self { fd, size })
+        Ok(Self { fd: Arc::new(fd), size })
     }
 
     /// Takes a file that somebody else made, of which `size` bytes are to be used.
@@ -40,7 +41,7 @@ impl SharedMemory {
         if actual < size {
             return Err(MemoryError::TooSmall { expected: size, actual });
         }
-        Ok(Self { fd, size })
+        Ok(Self { fd: Arc::new(fd), size })
     }
 
     /// Whether the file can no longer become smaller. `false` also for files that have no seals.
@@ -79,6 +80,6 @@ impl SharedMemory {
         if end.is_none_or(|end| end > self.size) {
             return Err(MemoryError::OutOfBounds { offset, length, size: self.size });
         }
-        Mapping::of_file(self.fd.as_fd(), offset, length, access)
+        Mapping::of_shared(&self.fd, offset, length, access)
     }
 }

@@ -227,3 +227,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_a_file_does_not_hold_is_found_without_bringing_it_into_memory() {
+    const MIB: u64 = 1 << 20;
+    let shared = SharedMemory::create("holes", 8 * MIB).unwrap();
+    let whole = shared.map(0, 8 * MIB, Access::ReadWrite).unwrap();
+    let second = shared.map(4 * MIB, 4 * MIB, Access::ReadWrite).unwrap();
+    assert_eq!(whole.next_data(0, 8 * MIB), None);
+    whole.write(5 * MIB + 100, &[1]).unwrap();
+    assert_eq!(whole.next_data(0, 8 * MIB), Some(5 * MIB));
+    assert_eq!(second.next_data(0, 4 * MIB), Some(MIB), "offsets are from the mapping's start");
+    assert_eq!(whole.next_data(5 * MIB + 8, 64), Some(5 * MIB + 8), "inside of data");
+    assert_eq!(whole.next_data(0, 5 * MIB), None, "data that begins where the range ends");
+    assert_eq!(whole.next_data(6 * MIB, 2 * MIB), None, "nothing to the file's end");
+    let stat = rustix::fs::fstat(shared.fd()).unwrap();
+    assert_eq!(stat.st_blocks * 512, 4096, "looking for data has allocated memory");
+
+    let memory = GuestMemory::new(vec![
+        GuestRegion { gpa: 0x1000_0000, mapping: shared.map(0, 4 * MIB, Access::ReadWrite).unwrap() },
+        GuestRegion { gpa: 0x1000_0000 + 4 * MIB, mapping: second },
+    ])
+    .unwrap();
+    assert_eq!(memory.next_data(0x1000_0000, 8 * MIB), Some(0x1000_0000 + 5 * MIB), "over two regions");
+    assert_eq!(memory.next_data(0x1000_0000, 9 * MIB), Some(0x1000_0000 + 5 * MIB));
+    assert_eq!(memory.next_data(0x1000_0000 + 6 * MIB, 9 * MIB), Some(0x1000_0000 + 8 * MIB), "no memory");
+}

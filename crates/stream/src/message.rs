@@ -1,7 +1,8 @@
 //! What the two sides say to each other: the control messages, each one frame.
 //!
-//! They travel on the control connection, which carries no bulk data; JOIN and FINAL are the first
-//! and the last frame of each data connection, and are the only ones there.
+//! They travel on the control connection, which carries no bulk data. Each data connection begins with
+//! JOIN and ends with FINAL, and has the source's ROUND_END behind the memory of each round; no other
+//! message is there.
 //!
 //! | message | from | header | payload, little-endian |
 //! |---|---|---|---|
@@ -12,7 +13,7 @@
 //! | RESUME | source | | session: 16 |
 //! | CREDIT | destination | index: device | frames: u32, above 0 (W-CREDIT) |
 //! | INIT_ACK | destination | index: device | generation: u32, above 0 (W-INIT) |
-//! | ROUND_END | source | round | none |
+//! | ROUND_END | source, on data connections; destination | round | none (W-ROUND) |
 //! | FINAL | source | | frames: u64, bytes: u64 (W-FINAL) |
 //! | TRAILER | source | index: device | frames: u64, bytes: u64, digest: u64, generation: u32 (W-TRAILER) |
 //! | LOADED | destination | | session: 16, JSON [`LoadedTerms`] |
@@ -152,7 +153,8 @@ pub enum Message {
         /// Its generation.
         generation: u32,
     },
-    /// All memory of a round has been sent.
+    /// From the source, on each data connection: all memory of a round has been sent over it. From the
+    /// destination: all of the round is written (W-ROUND).
     RoundEnd {
         /// The round.
         round: u32,

@@ -13,6 +13,7 @@ use airlift_stream::message::Trailer;
 use airlift_stream::{Limits, Message};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Everything that was received, complete.
@@ -29,6 +30,8 @@ struct Tally {
     ended: Vec<Option<Trailer>>,
     configs: Vec<Option<Vec<u8>>>,
     records: BTreeMap<u64, (String, Vec<u8>)>,
+    /// Connections over which all memory of the round under way has come.
+    round_ends: usize,
 }
 
 pub(super) fn run(
@@ -64,6 +67,7 @@ pub(super) fn run(
         ended: vec![None; count],
         configs: vec![None; count],
         records: BTreeMap::new(),
+        round_ends: 0,
     };
     let result = receive(session, &set, &mut tally);
     // Nothing more is expected on the data connections, or nothing more is wanted.
@@ -126,9 +130,6 @@ fn receive(session: &mut Session, set: &LoadingSet, tally: &mut Tally) -> bool {
         match session.wait(Some(&events), Duration::from_secs(1)) {
             Wake::Set(event) => on_device(session, set, tally, event, &events),
             Wake::Data(arrival) => on_data(session, tally, arrival),
-            Wake::Message(Message::RoundEnd { round }) => {
-                session.control.gauges.round.store(round, std::sync::atomic::Ordering::Relaxed);
-            }
             Wake::Message(Message::Trailer(trailer)) => {
                 let slot = usize::try_from(trailer.device).ok().and_then(|i| tally.trailers.get_mut(i));
                 match slot {
@@ -158,6 +159,16 @@ fn on_data(session: &mut Session, tally: &mut Tally, arrival: Arrival) {
                     Phase::Resuming,
                     format!("the source broke the protocol: two records at place {position}"),
                 ));
+            }
+        }
+        Arrival::RoundEnd { round, taken } => {
+            taken.store(true, Ordering::Release);
+            tally.round_ends += 1;
+            // Every connection is open until all rounds have ended.
+            if tally.round_ends == tally.lanes_open {
+                tally.round_ends = 0;
+                session.control.gauges.round.store(round, Ordering::Relaxed);
+                session.send(&Message::RoundEnd { round });
             }
         }
         Arrival::Final => {

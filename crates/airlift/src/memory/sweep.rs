@@ -7,7 +7,7 @@ use crate::control::Gauges;
 use crate::set::SinkClosed;
 use crate::spawn::{Role, SpawnError, Spawner};
 use crate::wire::outbound::{Cargo, Outbound};
-use airlift_core::{DirtyMap, Gpa, GpaRange};
+use airlift_core::{BLOCK_SIZE, DirtyMap, Gpa, GpaRange};
 use airlift_memory::{GuestMemory, is_zero};
 use airlift_stream::FrameBuf;
 use airlift_stream::pages::{MemorySlot, PAGE, seal_pages, seal_zero};
@@ -100,7 +100,13 @@ impl Run<'_> {
         // Runs of zeroes go over the connection of their block, so each has its own list.
         let mut zeroes: Vec<Vec<GpaRange>> = vec![Vec::new(); self.outbound.lanes()];
         while let Some(range) = map.take_run(RUN) {
-            self.range(range, &mut stats, &mut zeroes)?;
+            if self.memory.next_data(range.start.0, range.length).is_none() {
+                // Reading memory that was never used would give it some.
+                stats.pages += range.length / PAGE;
+                self.zero(range, &mut stats, &mut zeroes)?;
+            } else {
+                self.range(range, &mut stats, &mut zeroes)?;
+            }
         }
         for runs in &mut zeroes {
             self.flush(runs)?;
@@ -134,13 +140,7 @@ impl Run<'_> {
         }
         for (piece, zero) in pieces {
             if zero {
-                stats.pages_zero += piece.length / PAGE;
-                let lane = self.outbound.lane_of(piece.start);
-                let runs = zeroes.get_mut(lane).ok_or("no connection for a block")?;
-                runs.push(piece);
-                if runs.len() >= ZERO_RUNS {
-                    self.flush(runs)?;
-                }
+                self.zero(piece, stats, zeroes)?;
             } else {
                 let at = usize::try_from(piece.start.0 - range.start.0).map_err(|e| e.to_string())?;
                 let len = usize::try_from(piece.length).map_err(|e| e.to_string())?;
@@ -150,6 +150,29 @@ impl Run<'_> {
             }
         }
         self.outbound.give_back(buffer, Cargo::Memory);
+        Ok(())
+    }
+
+    /// Collects a run of zeroes, which lies in one block.
+    fn zero(
+        &self,
+        run: GpaRange,
+        stats: &mut SweepStats,
+        zeroes: &mut [Vec<GpaRange>],
+    ) -> Result<(), String> {
+        stats.pages_zero += run.length / PAGE;
+        let lane = self.outbound.lane_of(run.start);
+        let runs = zeroes.get_mut(lane).ok_or("no connection for a block")?;
+        match runs.last_mut() {
+            // Runs that follow each other in a block are one (W-MEMORY-LANE).
+            Some(last) if last.end() == Some(run.start.0) && !run.start.0.is_multiple_of(BLOCK_SIZE) => {
+                last.length += run.length;
+            }
+            _ => runs.push(run),
+        }
+        if runs.len() >= ZERO_RUNS {
+            self.flush(runs)?;
+        }
         Ok(())
     }
 

@@ -14,8 +14,8 @@ use crate::memory::{Sweep, SweepStats};
 use crate::set::{SaveStatus, SavingSet, SetError, SetEvent, ms};
 use crate::wire::control::ControlLink;
 use airlift_core::{
-    Convergence, ConvergenceConfig, Decision, DeviceLeft, DeviceTerms, DowntimeEstimate, EstimateInputs,
-    Failure, Phase, Round, Side, Timestamp, rate,
+    Convergence, ConvergenceConfig, Decision, DeviceLeft, DeviceTerms, DowntimeEstimate, Errno,
+    EstimateInputs, Failure, Phase, Round, Side, Timestamp, rate,
 };
 use airlift_stream::Message;
 use std::sync::atomic::Ordering;
@@ -80,10 +80,6 @@ pub(super) fn run(
             return Err(Standing::Saving(set));
         }
         let status = set.status();
-        if let Some(device) = acknowledged_too_much(session, &status) {
-            session.unexpected(&device);
-            return Err(Standing::Saving(set));
-        }
         let figures = judge(session, &set, &status, &moving, &known, last);
         report(session, round, taken, &figures);
         let now = figures.now;
@@ -191,26 +187,34 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
     };
     let events = set.events();
     let mut stats = sweep.is_none().then(SweepStats::default);
+    let mut written = sweep.is_none();
+    let mut answer_by = None;
     let mut sweeping = Duration::ZERO;
     loop {
         let rest = SHORTEST_ROUND.saturating_sub(session.now().since(begun));
         if let Some(stats) = stats
+            && written
             && rest.is_zero()
         {
-            if sweep.is_some() {
-                session.send(&Message::RoundEnd { round });
-            }
             let full = moving.sink.is_full();
             return Some(RoundDone { stats, busy: if full { session.now().since(begun) } else { sweeping } });
         }
-        let patience = if stats.is_some() { rest } else { Duration::from_secs(1) };
+        let patience = if stats.is_some() && written { rest } else { Duration::from_secs(1) };
         let result = if stats.is_some() { None } else { sweep.as_ref().map(Sweep::result) };
         match session.wait(Some(&events), result, patience) {
+            // What a destination has not written yet would be waited for in the downtime (W-ROUND).
+            Wake::Message(Message::RoundEnd { round: of }) if of == round && stats.is_some() => {
+                written = true
+            }
             Wake::Message(message) => session.unexpected(&message),
             Wake::Set(event) => fail_on(session, set, *event),
             Wake::Other(Some(Ok((map, swept)))) => {
+                if moving.sink.outbound().end_round(round).is_err() {
+                    memory_failed(session, "its connection has ended");
+                }
                 stats = Some(swept);
                 sweeping = session.now().since(begun);
+                answer_by = Some(session.now().after(session.options.deadlines.stop_copy));
                 if let Some(tracking) = &mut session.undo.tracking {
                     tracking.recycle(map);
                 }
@@ -219,6 +223,19 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
             Wake::Other(None) => memory_failed(session, "its thread has ended"),
             Wake::Time => {}
             Wake::Ordered => return None,
+        }
+        if let Some(device) = acknowledged_too_much(session, &set.status()) {
+            session.unexpected(&device);
+        }
+        if answer_by.is_some_and(|by| session.now() >= by) && !written {
+            session.fail(
+                Failure::new(
+                    Side::Source,
+                    Phase::Precopy,
+                    format!("the destination has not written the memory of round {round} in time"),
+                )
+                .with_errno(Some(Errno::ETIMEDOUT)),
+            );
         }
         if session.fallen() {
             return None;

@@ -16,7 +16,7 @@ use airlift_stream::message::DataCount;
 use airlift_stream::pages::{decode_pages, decode_zero};
 use airlift_stream::{FrameHeader, FrameType, Limits, Message};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The most records of a machine.
@@ -46,6 +46,9 @@ impl RecordRoom {
 pub(crate) enum Arrival {
     /// A record of the machine.
     Record { position: u64, name: String, data: Vec<u8> },
+    /// All memory of this round that came over this connection is written (W-ROUND). Whoever takes it
+    /// says so: a connection brings one at a time.
+    RoundEnd { round: u32, taken: Arc<AtomicBool> },
     /// FINAL came and its counts are right: nothing more comes over this connection.
     Final,
     /// The connection cannot be used any more.
@@ -94,6 +97,7 @@ impl Inbound {
     fn run(&self, stream: &Stream) -> Result<(), WireError> {
         let mut scratch = Vec::new();
         let mut count = DataCount::default();
+        let taken = Arc::new(AtomicBool::new(true));
         loop {
             let header = read_header(stream, self.limits)?;
             // Bounded by `limits`, which decoding has checked.
@@ -109,6 +113,13 @@ impl Inbound {
                 FrameType::Pages => self.pages(&scratch)?,
                 FrameType::Zero => self.zero(&scratch)?,
                 FrameType::Record => self.record(&header, &scratch)?,
+                FrameType::RoundEnd => {
+                    Message::decode(&header, &scratch)?;
+                    if !taken.swap(false, Ordering::AcqRel) {
+                        return Err(broken("a round that did not wait for the one before (W-ROUND)"));
+                    }
+                    (self.deliver)(Arrival::RoundEnd { round: header.round, taken: Arc::clone(&taken) });
+                }
                 FrameType::Unknown(_) => {}
                 FrameType::Final => {
                     let Message::Final(said) = Message::decode(&header, &scratch)? else {
@@ -164,10 +175,12 @@ impl Inbound {
         let memory = self.memory()?;
         for run in decode_zero(payload).map_err(|e| WireError::Protocol(e.to_string()))? {
             let (mut at, mut left) = (run.start.0, run.length);
-            while left > 0 {
+            // What the file does not hold is zero, and stays without memory behind it: reading it would give it some.
+            while let Some(data) = memory.next_data(at, left).filter(|_| left > 0) {
+                left -= data - at;
+                at = data;
                 let len = left.min(ZEROES.len() as u64);
                 let zeroes = &ZEROES[..usize::try_from(len).unwrap_or(0)];
-                // A page that nobody has touched stays without memory behind it.
                 if !is_zero(memory, at, zeroes.len())? {
                     memory.write(at, zeroes).map_err(|e| WireError::Protocol(format!("ZERO: {e}")))?;
                 }

@@ -48,6 +48,7 @@ pub(crate) type OnLoss = Arc<dyn Fn(usize, WireError) + Send + Sync>;
 
 enum Item {
     Frame(FrameBuf, Cargo),
+    RoundEnd(u32),
     Final,
 }
 
@@ -242,6 +243,11 @@ impl Outbound {
         self.sent.load(Ordering::Relaxed)
     }
 
+    /// Says on every connection, behind what is queued, that all memory of `round` has been sent (W-ROUND).
+    pub(crate) fn end_round(&self, round: u32) -> Result<(), SinkClosed> {
+        (0..self.lanes.len()).try_for_each(|index| self.put(index, Item::RoundEnd(round)))
+    }
+
     /// Closes every connection with its FINAL, behind what is queued. All data must have been given.
     pub(crate) fn finish(&self) -> Result<(), SinkClosed> {
         (0..self.lanes.len()).try_for_each(|index| self.put(index, Item::Final))
@@ -294,6 +300,11 @@ impl LaneSender {
                     self.shelves.give_back(frame, cargo);
                     result
                 }
+                // No bulk data: FINAL does not count it.
+                Item::RoundEnd(round) => Message::RoundEnd { round }
+                    .encode(frames)
+                    .map_err(WireError::from)
+                    .and_then(|message| write_all(&self.stream, &message)),
                 Item::Final => self.finish(frames, bytes),
             };
             self.unsent.fetch_sub(1, Ordering::Relaxed);
