@@ -1,4 +1,4 @@
-//! Dependencies between our crates point one way, and unsafe code is in one crate.
+//! Dependencies between our crates point one way, and unsafe code is in two crates.
 
 use crate::{Checked, Findings, tree};
 use serde_json::Value;
@@ -16,10 +16,11 @@ const TABLE: &[Row] = &[
     Row { name: "airlift-core", may: &[], tests_may: &[] },
     Row { name: "airlift-memory", may: &[], tests_may: &[] },
     Row { name: "airlift-stream", may: &["airlift-core"], tests_may: &[] },
+    Row { name: "airlift-vfio", may: &["airlift-core", "airlift-memory"], tests_may: &[] },
     Row { name: "airlift-vfio-user", may: &["airlift-core", "airlift-memory"], tests_may: &[] },
     Row {
         name: "airlift",
-        may: &["airlift-core", "airlift-memory", "airlift-stream", "airlift-vfio-user"],
+        may: &["airlift-core", "airlift-memory", "airlift-stream", "airlift-vfio", "airlift-vfio-user"],
         tests_may: &["airlift-softdevice"],
     },
     Row {
@@ -35,6 +36,7 @@ const TABLE: &[Row] = &[
             "airlift-memory",
             "airlift-softdevice",
             "airlift-stream",
+            "airlift-vfio",
             "airlift-vfio-user",
         ],
         tests_may: &[],
@@ -48,6 +50,7 @@ const TABLE: &[Row] = &[
             "airlift-softdevice",
             "airlift-stream",
             "airlift-testkit",
+            "airlift-vfio",
             "airlift-vfio-user",
         ],
         tests_may: &[],
@@ -56,7 +59,7 @@ const TABLE: &[Row] = &[
 ];
 
 /// The crates that may have unsafe code.
-const UNSAFE: &[&str] = &["crates/memory/"];
+const UNSAFE: &[&str] = &["crates/memory/", "crates/vfio/"];
 
 pub(crate) fn check(root: &Path) -> Checked {
     let metadata = metadata(root, &["--no-deps"])?;

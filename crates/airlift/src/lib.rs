@@ -35,6 +35,8 @@ mod wire;
 
 pub use airlift_core as core;
 pub use airlift_stream as stream;
+#[cfg(feature = "vfio")]
+pub use airlift_vfio as vfio;
 #[cfg(feature = "vfio-user")]
 pub use airlift_vfio_user as vfio_user;
 pub use clock::{Environment, KernelRandom, MonotonicClock, Random, kernel_boot_id};

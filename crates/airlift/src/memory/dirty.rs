@@ -1,35 +1,26 @@
-//! All dirty reports, ORed into one map at 4 KiB: the machine's own writes and each DMA domain.
+//! All dirty reports, ORed into one map at 4 KiB: the machine's own writes and each DMA domain
+//! ([`domains`](super::domains)).
 //!
 //! Order: logging starts before the first copy; fetch and clear, then read the page; an error of a
 //! report makes its whole range dirty (V2-DIRTY). A domain without a source is dirty as a whole at
 //! every sync (V2-DIRTY-NONE), and that is said.
 
+use super::domains::{Domains, Reporter};
 use crate::machine::{Machine, MachineError};
-use airlift_core::{
-    DeviceId, DirtyMap, DirtySource, GpaRange, InvalidLayout, IovaMap, IovaRange, MemoryLayout,
-};
-
-/// A device, what it can reach, and who reports its DMA.
-pub(crate) type Reporter = (DeviceId, IovaMap, Option<Box<dyn DirtySource>>);
-
-struct Domain {
-    device: DeviceId,
-    map: IovaMap,
-    source: Option<Box<dyn DirtySource>>,
-}
+use airlift_core::{DirtyMap, InvalidLayout, MemoryLayout};
 
 /// The map of dirty pages and everyone who reports into it.
 pub(crate) struct DirtyTracking {
     dirty: DirtyMap,
     /// An empty map, given back by a sweep.
     spare: Option<DirtyMap>,
-    domains: Vec<Domain>,
+    domains: Domains,
     machine_failed: bool,
 }
 
 impl std::fmt::Debug for DirtyTracking {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DirtyTracking").field("domains", &self.domains.len()).finish_non_exhaustive()
+        f.debug_struct("DirtyTracking").field("domains", &self.domains).finish_non_exhaustive()
     }
 }
 
@@ -47,11 +38,7 @@ impl DirtyTracking {
     ) -> Result<Self, TrackingError> {
         let mut dirty = DirtyMap::new(layout)?;
         machine.start_dirty()?;
-        let mut domains = Vec::with_capacity(sources.len());
-        for (device, map, source) in sources {
-            let source = start_source(&device, &map, source, notes);
-            domains.push(Domain { device, map, source });
-        }
+        let domains = Domains::start(sources, notes);
         dirty.mark_all();
         Ok(Self { spare: None, dirty, domains, machine_failed: false })
     }
@@ -71,34 +58,13 @@ impl DirtyTracking {
             tracing::warn!(error = %error, "the machine's dirty report failed; all memory is taken as dirty");
             dirty.mark_all();
         }
-        for domain in &mut self.domains {
-            let map = &domain.map;
-            let mut mark = |range: IovaRange| map.translate(range, |gpa: GpaRange| dirty.mark(gpa));
-            for mapping in map.mappings() {
-                let range = IovaRange { start: mapping.iova, length: mapping.length };
-                let reported = match &mut domain.source {
-                    Some(source) => source.report(range, &mut mark),
-                    None => {
-                        mark(range);
-                        Ok(())
-                    }
-                };
-                if let Err(error) = reported {
-                    tracing::warn!(device = %domain.device, error = %error, "a dirty report failed; its range is taken as dirty");
-                    mark(range);
-                }
-            }
-        }
+        self.domains.sync(dirty);
         Ok(())
     }
 
     /// Ends all logging. Errors are logged: there is nothing else to be done about them.
     pub(crate) fn stop(&mut self, machine: &mut dyn Machine) {
-        for domain in &mut self.domains {
-            if let Some(Err(error)) = domain.source.as_mut().map(|source| source.stop()) {
-                tracing::warn!(device = %domain.device, error = %error, "dirty logging could not be ended");
-            }
-        }
+        self.domains.stop();
         if let Err(error) = machine.stop_dirty() {
             tracing::warn!(error = %error, "the machine's dirty tracking could not be ended");
         }
@@ -124,33 +90,6 @@ impl DirtyTracking {
     pub(crate) fn recycle(&mut self, map: DirtyMap) {
         debug_assert_eq!(map.dirty_bytes(), 0, "a sweep empties its map");
         self.spare = Some(map);
-    }
-}
-
-fn start_source(
-    device: &DeviceId,
-    map: &IovaMap,
-    source: Option<Box<dyn DirtySource>>,
-    notes: &mut Vec<String>,
-) -> Option<Box<dyn DirtySource>> {
-    let ranges: Vec<_> =
-        map.mappings().iter().map(|m| IovaRange { start: m.iova, length: m.length }).collect();
-    if ranges.is_empty() {
-        return source;
-    }
-    let all_dirty = |why: &str| {
-        format!("{device}: {why}; all memory that the device can reach is taken as dirty at every sync")
-    };
-    let Some(mut source) = source else {
-        notes.push(all_dirty("its DMA is not logged"));
-        return None;
-    };
-    match source.start(&ranges) {
-        Ok(()) => Some(source),
-        Err(error) => {
-            notes.push(all_dirty(&format!("its DMA cannot be logged ({error})")));
-            None
-        }
     }
 }
 
