@@ -12,6 +12,7 @@ mod outcome;
 mod rules;
 mod size;
 mod tree;
+mod vm;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -21,13 +22,20 @@ usage: cargo xtask CHECK
 
   rules      every rule of docs/rules.md: where it is kept and where it is tested
   links      links and paths in *.md lead somewhere
-  deps       dependencies between our crates point one way; one crate has unsafe code
+  deps       dependencies between our crates point one way; two crates have unsafe code
   licences   every dependency has a licence that deny.toml allows
   size       files above 600 lines are named, above 1000 refused
   outcome completed|source-running
              reads `airlift demo --json` from standard input and checks how it ended
   bench [PASSES]
-             runs the release build's demo in several ways, in turns, and prints the medians; 5 passes";
+             runs the release build's demo in several ways, in turns, and prints the medians; 5 passes
+  vm-test [--kernel VERSION]... [--filter TEXT] [--deadline SECONDS] [--option WORD]... [--keep]
+             builds test kernels and runs the kernel suites in a VM; AIRLIFT_VM=skip leaves it out
+  vm-run [--kernel VERSION] [--root-image] [--deadline SECONDS] [--option WORD]... [--keep] [PROGRAM [ARG]...]
+             runs a program in that VM, or a shell; --root-image: in a Debian with QEMU
+  vm-bench [--runs N] [--kernel VERSION] [--seed N] [--random MIB] [--keep]
+             QEMU and Airlift move the same device and memory in that VM, in random order; 20 runs of each;
+             --random: so much of the guest's 32 MiB has random content";
 
 /// What a check says: for the reader, and against the tree.
 #[derive(Debug, Default)]
@@ -62,6 +70,11 @@ fn main() -> ExitCode {
         ["bench", passes] => {
             passes.parse().map_err(|_| format!("{passes:?} is no number")).and_then(|n| bench::run(&root, n))
         }
+        ["vm-test", ref options @ ..] => vm::test(&root, options),
+        ["vm-bench", ref options @ ..] => vm::bench(&root, options),
+        // What vm-bench runs inside of the VM.
+        ["vm-bench-inside", ref options @ ..] => vm::bench_inside(options),
+        ["vm-run", ref options @ ..] => vm::run_program(&root, options),
         ["outcome", expected] => outcome::check(expected, std::io::stdin().lock()),
         _ => {
             eprintln!("{USAGE}");
