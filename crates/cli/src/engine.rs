@@ -1,20 +1,22 @@
-//! What `send` and `receive` hand to the engine: machine, devices, journal, surroundings.
+//! What `send` and `receive` hand to the engine: machine, devices, journal, surroundings. Devices are
+//! opened in `open`.
 
-use crate::args::{Attach, DeviceAddress, NamedDevice, Sabotage, VmmAddress};
+use crate::args::{Attach, Sabotage, VmmAddress};
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output, ReportView};
+use crate::memory::FileMemory;
 use crate::no_guest::NoGuest;
+use crate::open::{self, KernelDevice, Opened, Purpose};
 use crate::render;
 use crate::signals::{self, Canceller};
 use crate::vmm::Vmm;
 use crate::watcher::{Hold, Watcher};
 use airlift::machine::Machine;
-use airlift::vmm::{DeviceHandle, DeviceKind, RemoteVmm, VmmTimeouts};
+use airlift::vmm::{RemoteVmm, VmmTimeouts};
 use airlift::{Deadlines, Environment, FileJournal, SourceDevice};
 use airlift_core::commit::{Durability, Journal};
-use airlift_core::{DeviceId, DirtySource, Errno, MigrationDevice, Side};
+use airlift_core::{Errno, Side};
 use airlift_testkit::faults::{CorruptingDevice, FaultyMachine, LastPageLost, MachineFaults};
-use airlift_vfio_user::{ClientOptions, VfioUserDevice};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +31,10 @@ pub(crate) struct Prepared {
     pub(crate) machine: Box<dyn Machine>,
     /// The devices, with their dirty logs.
     pub(crate) devices: Vec<SourceDevice>,
+    /// Those of the kernel among them. They stay open as long as these are kept.
+    pub(crate) kernel: Vec<KernelDevice>,
+    /// What the report must say of the way they were opened.
+    pub(crate) notes: Vec<String>,
     /// The journal.
     pub(crate) journal: Box<dyn Journal>,
     /// Threads, clock, observer.
@@ -61,23 +67,38 @@ pub(crate) fn prepare(attach: &Attach, side: Side, output: &Arc<Output>) -> Resu
     });
     let environment = Environment::default().with_observer(Watcher::new(side, Arc::clone(output), hold));
 
+    let purpose = if side == Side::Source { Purpose::Send } else { Purpose::Receive };
     let mut vmm = None;
-    let (machine, devices): (Box<dyn Machine>, _) = match &attach.vmm {
+    let (machine, opened): (Box<dyn Machine>, _) = match &attach.vmm {
         Some(address) => {
             let mut remote = greet(address).map_err(|e| on_side(*e))?;
-            let devices = from_vmm(&mut remote).map_err(|e| on_side(*e))?;
+            let opened = open::from_vmm(&mut remote, purpose).map_err(|e| on_side(*e))?;
             let shared = Vmm::new(remote);
             vmm = Some(shared.clone());
-            (Box::new(shared), devices)
+            (Box::new(shared), opened)
         }
         None => {
-            let devices = attach.devices.iter().map(open).collect::<Result<_, _>>();
-            (Box::new(NoGuest::new(side == Side::Source)), devices.map_err(|e: Box<_>| on_side(*e))?)
+            let (machine, opened) = no_guest(attach, side, purpose).map_err(|e| on_side(*e))?;
+            (Box::new(machine), opened)
         }
     };
+    let Opened { devices, kernel, notes } = opened;
     let (machine, devices) = sabotaged(attach.sabotage, machine, devices);
     let journal = journal(attach, side).map_err(|e| on_side(*e))?;
-    Ok(Prepared { machine, devices, journal: Box::new(journal), environment, canceller, vmm })
+    Ok(Prepared { machine, devices, kernel, notes, journal: Box::new(journal), environment, canceller, vmm })
+}
+
+/// The devices without a guest, and the memory that was named with them.
+fn no_guest(attach: &Attach, side: Side, purpose: Purpose) -> Result<(NoGuest, Opened), Box<ErrorView>> {
+    let memory = match attach.memory.as_slice() {
+        [] => None,
+        named => Some(FileMemory::open(named, side)?),
+    };
+    let opened = open::named(&attach.devices, purpose, memory.as_ref())?;
+    let reach = opened.kernel.iter().map(|d| d.id.clone()).collect();
+    let configs = opened.kernel.iter().filter_map(|d| Some((d.id.clone(), d.config.clone()?))).collect();
+    let machine = NoGuest::new(side == Side::Source).with_memory(memory, reach).with_configs(configs);
+    Ok((machine, opened))
 }
 
 /// Greets the VMM at `address`.
@@ -93,55 +114,6 @@ pub(crate) fn greet(address: &VmmAddress) -> Result<RemoteVmm, Box<ErrorView>> {
     RemoteVmm::greet(stream, "airlift", VmmTimeouts::default()).map_err(|e| {
         Box::new(ErrorView::new(format!("the VMM at {address}: {e}")).errno(e.errno).advise(advice))
     })
-}
-
-/// The devices that a VMM hands over.
-///
-/// # Errors
-/// When it does not, or one of them cannot be migrated.
-pub(crate) fn from_vmm(vmm: &mut RemoteVmm) -> Result<Vec<SourceDevice>, Box<ErrorView>> {
-    let handles = vmm
-        .devices()
-        .map_err(|e| Box::new(ErrorView::new(format!("the VMM's devices: {e}")).errno(e.errno)))?;
-    handles.into_iter().map(from_handle).collect()
-}
-
-fn from_handle(handle: DeviceHandle) -> Result<SourceDevice, Box<ErrorView>> {
-    let DeviceHandle { id, kind, fd } = handle;
-    match kind {
-        DeviceKind::VfioUser => {
-            let opened =
-                VfioUserDevice::from_stream(id.clone(), UnixStream::from(fd), ClientOptions::default());
-            with_log(&id, opened.map_err(|e| e.to_string()))
-        }
-        DeviceKind::Vfio => Err(Box::new(
-            ErrorView::new("it is a device of the kernel, and this version migrates vfio-user devices only")
-                .device(id.as_str())
-                .errno(Some(Errno::EOPNOTSUPP)),
-        )),
-    }
-}
-
-/// Opens a device that was named on the command line.
-///
-/// # Errors
-/// When it cannot be opened or cannot be migrated.
-pub(crate) fn open(named: &NamedDevice) -> Result<SourceDevice, Box<ErrorView>> {
-    let DeviceAddress::VfioUser(path) = &named.address;
-    let opened = VfioUserDevice::connect(named.id.clone(), path, ClientOptions::default());
-    with_log(&named.id, opened.map_err(|e| format!("{}: {e}", named.address)))
-}
-
-fn with_log(id: &DeviceId, opened: Result<VfioUserDevice, String>) -> Result<SourceDevice, Box<ErrorView>> {
-    let device = opened.map_err(|message| {
-        Box::new(
-            ErrorView::new(message)
-                .device(id.as_str())
-                .advise("see what the device says for itself: airlift probe vfio-user:PATH"),
-        )
-    })?;
-    let dirty = device.dirty_source().map(|log| Box::new(log) as Box<dyn DirtySource>);
-    Ok(SourceDevice { device: Box::new(device) as Box<dyn MigrationDevice>, dirty })
 }
 
 /// Places the fault that was asked for.

@@ -7,19 +7,21 @@ use std::process::ExitCode;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
     /// Done.
-    Done = 0,
+    Done,
     /// Failed; this side is as it was before.
-    Failed = 1,
+    Failed,
     /// The arguments are wrong; nothing was done.
-    Usage = 2,
+    Usage,
     /// In doubt: only the other side or an operator can say which side may run.
-    InDoubt = 3,
+    InDoubt,
     /// The sides do not match; nothing was touched.
-    Incompatible = 4,
+    Incompatible,
     /// Cancelled; this side is as it was before.
-    Cancelled = 5,
+    Cancelled,
     /// Failed, and a device of this side was reset or lost.
-    DeviceLost = 6,
+    DeviceLost,
+    /// The migration was done, and this is the code of the command that took the devices over.
+    Command(u8),
 }
 
 impl Exit {
@@ -43,7 +45,16 @@ impl Exit {
 
     /// The number.
     pub(crate) const fn code(self) -> u8 {
-        self as u8
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::InDoubt => 3,
+            Self::Incompatible => 4,
+            Self::Cancelled => 5,
+            Self::DeviceLost => 6,
+            Self::Command(code) => code,
+        }
     }
 }
 

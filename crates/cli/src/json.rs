@@ -271,6 +271,20 @@ impl ReportView {
         }
     }
 
+    /// Calls regions of memory by the names that this side gave them, where the comparison calls them by
+    /// their numbers.
+    pub(crate) fn name_memory(&mut self, named: &[crate::args::NamedMemory]) {
+        let name = |text: &mut String| {
+            for memory in named {
+                let number = format!("memory.region[{}]", crate::memory::region_number(&memory.name));
+                *text = text.replace(&number, &format!("memory.region[{}]", memory.name));
+            }
+        };
+        for finding in self.compatibility.iter_mut().flat_map(|c| &mut c.findings) {
+            name(&mut finding.field);
+        }
+    }
+
     /// The report of a side that failed before there was a session.
     pub(crate) fn refused(side: &str, error: ErrorView, exit: crate::exit::Exit) -> Self {
         Self {

@@ -5,13 +5,16 @@
 //! crate `airlift`; nothing of it is decided here.
 #![forbid(unsafe_code)]
 
+mod afterwards;
 mod args;
 mod demo;
 mod engine;
 mod exit;
 mod json;
 mod lines;
+mod memory;
 mod no_guest;
+mod open;
 mod probe;
 mod receive;
 mod render;
@@ -55,6 +58,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
+    // Two options can be right each and wrong together.
+    if let Command::Receive(args) = &cli.command
+        && let Err(error) = args.afterwards.check(&args.attach.devices)
+    {
+        return refuse(&error);
+    }
     // Logs go to stderr and only on request (AIRLIFT_LOG=debug): what a user must know is in the output.
     let filter = EnvFilter::try_from_env("AIRLIFT_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

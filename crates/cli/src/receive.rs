@@ -1,10 +1,12 @@
 //! `airlift receive`.
 
+use crate::afterwards;
 use crate::args::ReceiveArgs;
 use crate::engine::{self, Prepared};
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output, ReportView};
 use crate::lines::Listening;
+use crate::open;
 use crate::render;
 use crate::watcher::Ticker;
 use airlift::link::{LinkOptions, UriAcceptor};
@@ -18,7 +20,6 @@ pub(crate) fn run(args: &ReceiveArgs) -> Exit {
     match migrate(args, &output) {
         Ok(report) => {
             output.event("result", &report.0);
-            output.say(render::report_text(&report.0));
             report.1
         }
         Err(error) => engine::refuse(&output, Side::Destination, *error),
@@ -38,7 +39,7 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
             Box::new(ErrorView::new(e.to_string()).on("destination").phase("listen").errno(e.errno))
         })?;
     let uri = acceptor.local_uri().to_string();
-    let Prepared { machine, devices, journal, environment, canceller, vmm } = prepared;
+    let Prepared { machine, devices, kernel, notes, journal, environment, canceller, vmm } = prepared;
     let devices: Vec<_> = devices.into_iter().map(|d| d.device).collect();
     let ids = devices.iter().map(|d| d.id().clone()).collect();
 
@@ -54,5 +55,22 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
     if let Some(vmm) = vmm {
         vmm.ended(ended.report.outcome);
     }
-    Ok((ReportView::new("destination", &ended.report), Exit::of_report(&ended.report)))
+    let mut report = ReportView::new("destination", &ended.report);
+    report.notes.extend(notes);
+    report.notes.extend(open::closing(&kernel, Side::Destination, ended.report.outcome));
+    report.name_memory(&args.attach.memory);
+    // A person reads it before somebody else takes over; in JSON it is the last line.
+    output.say(render::report_text(&report));
+    let exit = match Exit::of_report(&ended.report) {
+        Exit::Done if args.afterwards.is_any() => {
+            let (exit, error) = afterwards::run(&args.afterwards, &kernel, &canceller, output);
+            report.error = error.map(|e| *e);
+            exit
+        }
+        exit => exit,
+    };
+    report.exit_code = exit.code();
+    // Devices were open until here, and what they reach by DMA was mapped.
+    drop(ended);
+    Ok((report, exit))
 }

@@ -9,6 +9,7 @@ use crate::engine;
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output};
 use crate::no_guest::NoGuest;
+use crate::open::{self, Purpose};
 use airlift::machine::Machine;
 use airlift::vmm::RemoteVmm;
 use airlift::{FileJournal, Running, SourceDevice};
@@ -128,10 +129,10 @@ fn opened(records: &[Record]) -> Option<&Opened> {
 fn here(args: &ResolveArgs, side: Side) -> Result<Here, Box<ErrorView>> {
     if let Some(address) = &args.vmm {
         let mut vmm: RemoteVmm = engine::greet(address)?;
-        let devices = engine::from_vmm(&mut vmm)?;
-        return Ok(Here { machine: Box::new(vmm), devices });
+        let opened = open::from_vmm(&mut vmm, Purpose::Resolve)?;
+        return Ok(Here { machine: Box::new(vmm), devices: opened.devices });
     }
-    let mut devices = args.devices.iter().map(engine::open).collect::<Result<Vec<_>, _>>()?;
+    let mut devices = open::named(&args.devices, Purpose::Resolve, None)?.devices;
     // Without a guest it is the devices that run or do not.
     let live = |d: &mut SourceDevice| d.device.state().is_ok_and(DeviceState::is_live);
     let running = side == Side::Source && devices.iter_mut().all(live);

@@ -4,6 +4,7 @@ use crate::args::{SendArgs, StallChoice};
 use crate::engine::{self, Prepared};
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output, ReportView};
+use crate::open;
 use crate::render;
 use crate::watcher::Ticker;
 use airlift::link::{LinkOptions, UriConnector};
@@ -28,7 +29,7 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
     let prepared = engine::prepare(&args.attach, Side::Source, output)?;
     let options = options(args);
     let connector = UriConnector::new(args.uri.clone(), LinkOptions { insecure: args.attach.insecure });
-    let Prepared { machine, devices, journal, environment, canceller, vmm } = prepared;
+    let Prepared { machine, devices, kernel, notes, journal, environment, canceller, vmm } = prepared;
     let ids = devices.iter().map(|d| d.device.id().clone()).collect();
 
     let source = Source::new(machine, devices, Box::new(connector), journal, environment, options);
@@ -41,7 +42,11 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
     if let Some(vmm) = vmm {
         vmm.ended(ended.report.outcome);
     }
-    Ok((ReportView::new("source", &ended.report), Exit::of_report(&ended.report)))
+    let mut report = ReportView::new("source", &ended.report);
+    report.notes.extend(notes);
+    report.notes.extend(open::closing(&kernel, Side::Source, ended.report.outcome));
+    report.name_memory(&args.attach.memory);
+    Ok((report, Exit::of_report(&ended.report)))
 }
 
 fn options(args: &SendArgs) -> SourceOptions {

@@ -3,6 +3,9 @@
 //!
 //! The first signal cancels. Later ones change nothing: the way back is never cut short, because a
 //! device that is left on it is a device that does not run.
+//!
+//! When the migration is over and its devices are held (`--then`, `--give`, `--hold`), the same wishes
+//! go to whoever holds them.
 
 use crate::json::Output;
 use airlift::{CancelAnswer, Control};
@@ -22,17 +25,71 @@ struct Cancelled {
     phase: Option<String>,
 }
 
+/// Who wants a process that holds devices to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// SIGINT.
+    Interrupt,
+    /// SIGTERM.
+    Terminate,
+    /// `cancel` on stdin, or its end.
+    Supervisor,
+}
+
+impl Told {
+    /// In words.
+    pub(crate) const fn words(self) -> &'static str {
+        match self {
+            Self::Interrupt => "SIGINT",
+            Self::Terminate => "SIGTERM",
+            Self::Supervisor => "the supervisor",
+        }
+    }
+}
+
 /// Takes wishes to cancel from any thread, also before there is a migration to cancel.
 pub(crate) struct Canceller {
     output: Arc<Output>,
     control: Mutex<Option<Control>>,
     wanted: AtomicBool,
+    /// The migration is over, and devices are held.
+    over: AtomicBool,
+    /// Nobody supervises any more.
+    deserted: AtomicBool,
+    told: (Sender<Told>, Receiver<Told>),
 }
 
 impl Canceller {
     /// Nothing to cancel yet.
     pub(crate) fn new(output: Arc<Output>) -> Arc<Self> {
-        Arc::new(Self { output, control: Mutex::new(None), wanted: AtomicBool::new(false) })
+        Arc::new(Self {
+            output,
+            control: Mutex::new(None),
+            wanted: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            deserted: AtomicBool::new(false),
+            told: bounded(16),
+        })
+    }
+
+    /// From here on wishes come through this channel: the migration is over. A supervisor that has gone
+    /// already is one; a signal that came too late to cancel is not, for it was answered.
+    pub(crate) fn holding(&self) -> Receiver<Told> {
+        self.over.store(true, Ordering::SeqCst);
+        if self.deserted.load(Ordering::SeqCst) {
+            self.tell(Told::Supervisor);
+        }
+        self.told.1.clone()
+    }
+
+    /// Passes a wish on. `false`: there still is, or will be, a migration to cancel.
+    fn tell(&self, told: Told) -> bool {
+        let over = self.over.load(Ordering::SeqCst);
+        if over {
+            // A full channel has told enough.
+            let _ = self.told.0.try_send(told);
+        }
+        over
     }
 
     /// From here on a cancel goes to `control`; one that was wished for before goes there now.
@@ -73,8 +130,12 @@ pub(crate) fn cancel_on_signals(canceller: Arc<Canceller>) -> std::io::Result<()
     let seen = AtomicU32::new(0);
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         for signal in signals.forever() {
+            let told = if signal == SIGINT { Told::Interrupt } else { Told::Terminate };
+            if canceller.tell(told) {
+                continue;
+            }
             if seen.fetch_add(1, Ordering::Relaxed) == 0 {
-                canceller.cancel(if signal == SIGINT { "SIGINT" } else { "SIGTERM" });
+                canceller.cancel(told.words());
             } else {
                 canceller.output.say("Still going back; a second signal does not cut that short.");
             }
@@ -133,13 +194,17 @@ pub(crate) fn supervise(canceller: Arc<Canceller>) -> std::io::Result<Receiver<(
         for line in &lines {
             match line.as_str() {
                 "go" => {}
+                "cancel" if canceller.tell(Told::Supervisor) => {}
                 "cancel" => canceller.cancel("the supervisor"),
                 _ => continue,
             }
             // A full channel has a release waiting already.
             let _ = go.try_send(());
         }
-        canceller.cancel("the end of stdin");
+        canceller.deserted.store(true, Ordering::SeqCst);
+        if !canceller.tell(Told::Supervisor) {
+            canceller.cancel("the end of stdin");
+        }
     })?;
     Ok(released)
 }

@@ -1,6 +1,6 @@
 //! `airlift sim-vm`.
 
-use crate::args::{DeviceAddress, SimVmArgs};
+use crate::args::SimVmArgs;
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output};
 use crate::lines::{Bystander, Listening, SessionEnded};
@@ -70,10 +70,7 @@ fn machine(args: &SimVmArgs, output: &Arc<Output>) -> Result<(), Box<ErrorView>>
 }
 
 fn config(args: &SimVmArgs) -> SimVmConfig {
-    let device = |d: &crate::args::NamedDevice| {
-        let DeviceAddress::VfioUser(socket) = &d.address;
-        SimDevice { id: d.id.clone(), socket: socket.clone() }
-    };
+    let device = |d: &crate::args::NamedSocket| SimDevice { id: d.id.clone(), socket: d.socket.clone() };
     SimVmConfig {
         memory: args.memory.0,
         vcpus: u32::from(args.vcpus),

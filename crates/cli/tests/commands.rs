@@ -66,6 +66,59 @@ fn a_device_alone_is_sent_and_received_without_a_guest() {
 }
 
 #[test]
+fn memory_in_files_moves_with_a_device_and_is_paired_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_source, from) = device(&dir.path().join("source.sock"), "1");
+    let (_destination, to) = device(&dir.path().join("destination.sock"), "2");
+    let file = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let mut content: Vec<u8> = (0..(1_u32 << 20)).flat_map(u32::to_le_bytes).collect();
+    content[4096..8192].fill(0);
+    std::fs::write(file("low"), &content).unwrap();
+    std::fs::write(file("high"), vec![9; 8192]).unwrap();
+    // What was there before must not shine through zero pages.
+    std::fs::write(file("low.there"), vec![0xff; content.len()]).unwrap();
+    let migrate = |high: &str| {
+        let (low_there, high_there) = (file("low.there"), file("high.there"));
+        let receive = Process::start(&[
+            "receive",
+            "--no-guest",
+            "--device",
+            &format!("nic={to}"),
+            "--memory",
+            &format!("{high}=file:{high_there},gpa=0x1000000,size=4096"),
+            "--memory",
+            &format!("low=file:{low_there}"),
+            "tcp:127.0.0.1:0",
+        ]);
+        let uri = receive.wait_for("listening")["uri"].as_str().unwrap().to_owned();
+        let (low, high) = (file("low"), file("high"));
+        let sent = run(&[
+            "send",
+            "--no-guest",
+            "--device",
+            &format!("nic={from}"),
+            "--memory",
+            &format!("low=file:{low}"),
+            "--memory",
+            &format!("high=file:{high},gpa=16MiB,size=4096,offset=4096"),
+            &uri,
+        ]);
+        (sent, receive.finish())
+    };
+    let ((refused, code), _) = migrate("top");
+    assert_eq!(code, 4, "{refused:#}");
+    let fields: Vec<_> =
+        refused["compatibility"]["findings"].as_array().unwrap().iter().map(|f| f["field"].clone()).collect();
+    assert!(fields.contains(&"memory.region[high]".into()), "{fields:?}");
+
+    let ((sent, code), (received, there)) = migrate("high");
+    assert_eq!((code, there), (0, 0), "{sent:#} {received:#}");
+    assert_eq!(sent["memory"]["bytes_total"], content.len() + 4096);
+    assert!(std::fs::read(file("low.there")).unwrap() == content, "the memory differs");
+    assert_eq!(std::fs::read(file("high.there")).unwrap(), vec![9; 4096]);
+}
+
+#[test]
 fn a_probe_says_what_a_device_can_do_and_what_it_lacks() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("d.sock");

@@ -1,6 +1,8 @@
 //! `airlift send` and `airlift receive`.
 
-use super::{FaultPhase, NamedDevice, Sabotage, StallChoice, StepDeadline, VmmAddress};
+use super::{
+    Afterwards, FaultPhase, NamedDevice, NamedMemory, Sabotage, StallChoice, StepDeadline, VmmAddress,
+};
 use crate::units::{Size, Span};
 use airlift::link::Uri;
 use clap::Args;
@@ -13,12 +15,21 @@ pub(crate) struct Attach {
     /// The VMM whose guest is migrated, with the devices that it uses.
     #[arg(long, value_name = "unix:PATH", required_unless_present = "devices")]
     pub(crate) vmm: Option<VmmAddress>,
-    /// A device to migrate without a VMM. Repeat it for more.
-    #[arg(long = "device", value_name = "ID=vfio-user:PATH", conflicts_with = "vmm", requires = "no_guest")]
+    /// A device to migrate without a VMM, by the name that pairs it with the other side's. DEVICE is
+    /// vfio-user:PATH, cdev:PATH, pci:BDF, mdev:UUID or fd:N (a VFIO device descriptor that this
+    /// process was started with). Repeat it for more.
+    #[arg(long = "device", value_name = "ID=DEVICE", conflicts_with = "vmm", requires = "no_guest")]
     pub(crate) devices: Vec<NamedDevice>,
-    /// No guest uses the devices: nothing is paused, and no memory is moved.
+    /// No guest uses the devices: nothing is paused, and no memory but that of --memory is moved.
     #[arg(long, conflicts_with = "vmm")]
     pub(crate) no_guest: bool,
+    /// Guest memory to move without a VMM: a file, or a descriptor that this process was started with.
+    /// Regions of the same ID are paired. KEY is gpa (where the guest and the devices see it, 0 if not
+    /// given), size (to the file's end if not given) or offset (in the file). Nobody but the devices
+    /// may write to it until this command has ended. `receive` makes the file, or makes it longer, if
+    /// size is given. Repeat it for more.
+    #[arg(long, value_name = "ID=file:PATH|fd:N[,KEY=N...]", conflicts_with = "vmm", requires = "no_guest")]
+    pub(crate) memory: Vec<NamedMemory>,
     /// A directory for the journal, which answers after a crash whether the guest may run here. It
     /// is made if it is not there; without it a new one under the temporary directory is used.
     #[arg(long, value_name = "DIR")]
@@ -78,6 +89,8 @@ pub(crate) struct ReceiveArgs {
     pub(crate) uri: Uri,
     #[command(flatten)]
     pub(crate) attach: Attach,
+    #[command(flatten)]
+    pub(crate) afterwards: Afterwards,
     /// Bytes of device data that may wait in memory at most.
     #[arg(long, value_name = "SIZE", default_value = "64MiB")]
     pub(crate) receive_budget: Size,

@@ -3,7 +3,9 @@
 //! Values are parsed into their types here; what needs a look at the host (does the socket exist,
 //! does a device answer) is not checked here.
 
+mod afterwards;
 mod demo;
+mod memory;
 mod migrate;
 mod probe;
 mod resolve;
@@ -11,15 +13,17 @@ mod sim_vm;
 mod soft_device;
 mod values;
 
+pub(crate) use afterwards::Afterwards;
 pub(crate) use demo::DemoArgs;
+pub(crate) use memory::{MemoryPlace, NamedMemory};
 pub(crate) use migrate::{Attach, ReceiveArgs, SendArgs};
 pub(crate) use probe::ProbeArgs;
 pub(crate) use resolve::ResolveArgs;
 pub(crate) use sim_vm::SimVmArgs;
 pub(crate) use soft_device::{DeviceArgs, SoftDeviceArgs};
 pub(crate) use values::{
-    DeviceAddress, FaultPhase, KillSpec, NamedDevice, Sabotage, StallChoice, StepDeadline, TransportChoice,
-    Victim, VmmAddress,
+    DeviceAddress, FaultPhase, KillSpec, NamedDevice, NamedSocket, Sabotage, StallChoice, StepDeadline,
+    TransportChoice, Victim, VmmAddress,
 };
 
 use clap::{Parser, Subcommand};
@@ -76,8 +80,11 @@ mod tests {
         assert!(message(&["demo", "--channels", "65"]).contains("1..=64"));
         assert!(message(&["send", "tcp:127.0.0.1:1", "--vmm", "/run/vmm"]).contains("unix:PATH"));
         assert!(message(&["send", "file:x", "--vmm", "unix:/v"]).contains("not there yet"));
-        assert!(message(&["send", "tcp:h:1", "--device", "vfio-user:/x"]).contains("ID=vfio-user:PATH"));
-        assert!(message(&["probe", "pci:0000:01:00.0"]).contains("not there yet"));
+        assert!(message(&["send", "tcp:h:1", "--device", "vfio-user:/x"]).contains("ID=DEVICE"));
+        assert!(message(&["probe", "pci:0000:01:00"]).contains("0000:65:00.2"));
+        assert!(message(&["probe", "/dev/vfio/1"]).contains("mdev:UUID"));
+        let memory = ["send", "tcp:h:1", "--no-guest", "--device", "a=fd:3", "--memory"];
+        assert!(message(&[&memory[..], &["ram=/x"]].concat()).contains("file:PATH"));
     }
 
     #[test]

@@ -7,8 +7,9 @@ use clap::Args;
 /// Says what devices can do for a migration.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ProbeArgs {
-    /// The devices.
-    #[arg(value_name = "vfio-user:PATH", required = true)]
+    /// The devices: vfio-user:PATH, cdev:PATH, pci:BDF, mdev:UUID or fd:N. Without one, this host and
+    /// every device of it that a VFIO driver holds.
+    #[arg(value_name = "DEVICE")]
     pub(crate) devices: Vec<DeviceAddress>,
     /// How long a device may take to answer.
     #[arg(long, value_name = "TIME", default_value = "5s")]

@@ -15,7 +15,7 @@ pub(crate) struct ResolveArgs {
     #[arg(long, value_name = "unix:PATH", conflicts_with = "devices")]
     pub(crate) vmm: Option<VmmAddress>,
     /// A device that was migrated without a VMM. Repeat it for more.
-    #[arg(long = "device", value_name = "ID=vfio-user:PATH", required_unless_present = "vmm")]
+    #[arg(long = "device", value_name = "ID=DEVICE", required_unless_present = "vmm")]
     pub(crate) devices: Vec<NamedDevice>,
     /// Your word that the guest does not run on the other side and never will: run it here, even
     /// where the journal alone does not allow it.

@@ -1,6 +1,6 @@
 //! `airlift sim-vm`.
 
-use super::{NamedDevice, VmmAddress};
+use super::{NamedSocket, VmmAddress};
 use crate::units::{Rate, Size};
 use clap::Args;
 
@@ -13,7 +13,7 @@ pub(crate) struct SimVmArgs {
     pub(crate) listen: VmmAddress,
     /// A device that the guest uses. Repeat it for more.
     #[arg(long = "device", value_name = "ID=vfio-user:PATH", required = true)]
-    pub(crate) devices: Vec<NamedDevice>,
+    pub(crate) devices: Vec<NamedSocket>,
     /// Guest memory.
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = crate::units::guest_memory)]
     pub(crate) memory: Size,

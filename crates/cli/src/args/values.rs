@@ -14,6 +14,8 @@ use std::time::Duration;
 pub(crate) enum DeviceAddress {
     /// Behind the socket of a vfio-user server.
     VfioUser(PathBuf),
+    /// Driven by the kernel's VFIO.
+    Kernel(airlift_vfio::DeviceAddress),
 }
 
 impl FromStr for DeviceAddress {
@@ -23,22 +25,39 @@ impl FromStr for DeviceAddress {
         match text.split_once(':') {
             Some(("vfio-user", "")) => Err("the path is missing after vfio-user:".into()),
             Some(("vfio-user", path)) => Ok(Self::VfioUser(path.into())),
-            Some((scheme @ ("cdev" | "pci" | "mdev" | "fd"), _)) => {
-                Err(format!("this version opens vfio-user:PATH only; {scheme}: is not there yet"))
+            Some(("cdev" | "pci" | "mdev" | "fd", _)) => {
+                text.parse().map(Self::Kernel).map_err(|e: airlift_vfio::InvalidAddress| e.to_string())
             }
-            _ => Err(format!("{text:?} is not a device: write it as vfio-user:PATH")),
+            _ => Err(format!(
+                "{text:?} is not a device: write it as vfio-user:PATH, cdev:PATH, pci:BDF, mdev:UUID or fd:N"
+            )),
         }
     }
 }
 
 impl fmt::Display for DeviceAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::VfioUser(path) = self;
-        write!(f, "vfio-user:{}", path.display())
+        match self {
+            Self::VfioUser(path) => write!(f, "vfio-user:{}", path.display()),
+            Self::Kernel(address) => write!(f, "{address}"),
+        }
     }
 }
 
-/// A device with the name that pairs it with the other side's: `ID=vfio-user:PATH`.
+impl DeviceAddress {
+    /// Whether it is a device of the kernel.
+    pub(crate) const fn is_kernel_device(&self) -> bool {
+        matches!(self, Self::Kernel(_))
+    }
+
+    /// Whether this process opens a device of the kernel for it, and is then the one whose last close
+    /// resets the device. A descriptor that was handed in is somebody else's to close.
+    pub(crate) const fn is_own_kernel_device(&self) -> bool {
+        matches!(self, Self::Kernel(address) if !matches!(address, airlift_vfio::DeviceAddress::Fd(_)))
+    }
+}
+
+/// A device with the name that pairs it with the other side's: `ID=DEVICE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NamedDevice {
     /// The name.
@@ -51,10 +70,33 @@ impl FromStr for NamedDevice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (id, address) = text
-            .split_once('=')
-            .ok_or_else(|| format!("{text:?} has no name: write it as ID=vfio-user:PATH"))?;
+        let (id, address) = text.split_once('=').ok_or_else(|| {
+            format!("{text:?} has no name: write it as ID=DEVICE, as in net0=pci:0000:65:00.2")
+        })?;
         Ok(Self { id: DeviceId::new(id).map_err(|e| e.to_string())?, address: address.parse()? })
+    }
+}
+
+/// A named device behind a socket: what the simulated machine can use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NamedSocket {
+    /// The name.
+    pub(crate) id: DeviceId,
+    /// The socket of its vfio-user server.
+    pub(crate) socket: PathBuf,
+}
+
+impl FromStr for NamedSocket {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let NamedDevice { id, address } = text.parse()?;
+        match address {
+            DeviceAddress::VfioUser(socket) => Ok(Self { id, socket }),
+            DeviceAddress::Kernel(_) => {
+                Err("the simulated machine uses vfio-user devices only: write it as ID=vfio-user:PATH".into())
+            }
+        }
     }
 }
 
@@ -347,5 +389,15 @@ mod tests {
         let device: NamedDevice = text.parse().unwrap();
         assert_eq!(device.id.as_str(), "net0");
         assert_eq!(device.to_string(), text);
+        assert!(!device.address.is_own_kernel_device());
+    }
+
+    #[test]
+    fn a_device_of_the_kernel_is_our_own_unless_it_was_handed_in() {
+        let own = |text: &str| text.parse::<DeviceAddress>().unwrap().is_own_kernel_device();
+        assert!(own("pci:65:00.2") && own("cdev:/dev/vfio/devices/vfio0"));
+        assert!(own("mdev:00000000-0000-0000-0000-000000000001"));
+        assert!(!own("fd:7"));
+        assert!("net0=pci:65:00.2".parse::<NamedSocket>().unwrap_err().contains("vfio-user"));
     }
 }

@@ -4,7 +4,7 @@
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -134,14 +134,14 @@ pub(crate) struct Process {
 impl Process {
     /// Starts it with `--json`.
     pub(crate) fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(AIRLIFT)
-            .args(args)
-            .arg("--json")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(AIRLIFT);
+        command.args(args).stderr(Stdio::inherit());
+        Self::spawn(command)
+    }
+
+    /// Starts this command with `--json`.
+    pub(crate) fn spawn(mut command: Command) -> Self {
+        let mut child = command.arg("--json").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let stdin = child.stdin.take();
         let out = child.stdout.take().unwrap();
         let (to, lines) = std::sync::mpsc::channel();
@@ -175,6 +175,24 @@ impl Process {
     /// Writes a line to its stdin.
     pub(crate) fn tell(&mut self, line: &str) {
         writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Its standard error, where that is piped.
+    pub(crate) fn stderr(&mut self) -> ChildStderr {
+        self.child.stderr.take().unwrap()
+    }
+
+    /// Kills it, and waits until it is gone: what it had open is closed then.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits for its end, and gives all of its lines that nobody has waited for.
+    pub(crate) fn collect(mut self) -> (Vec<Value>, i32) {
+        self.stdin = None;
+        let lines = self.lines.iter().collect();
+        (lines, self.child.wait().unwrap().code().unwrap_or(-1))
     }
 
     /// Waits for its result and its end.
