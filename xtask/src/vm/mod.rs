@@ -107,31 +107,58 @@ pub(crate) fn test(root: &Path, args: &[&str]) -> Checked {
         given => given.to_vec(),
     };
     let kernels = versions.iter().map(|v| build::kernel(root, &cache, v)).collect::<Result<Vec<_>, _>>()?;
-    for kernel in &kernels {
-        let mut image = build::base(root, kernel)?;
-        programs.add_to(&mut image)?;
-        for pass in passes(options.filter.as_deref()) {
-            let mut boot =
-                options.boot(kernel, image.clone(), Wish::Script(suites_script(&pass.suites, &pass.which)));
-            boot.iommu = pass.iommu;
-            let begun = Instant::now();
-            let ran = run(&cache, kernel, &boot, options.keep, true)?;
-            let verdict = verdict::judge(&ran, &pass.suites, pass.partial);
-            let seconds = begun.elapsed().as_secs();
-            let name =
-                format!("kernel {}{}", kernel.version, if pass.iommu { "" } else { " without an IOMMU" });
-            for line in verdict.lines {
-                findings.say(format!("{name}: {line}"));
-            }
-            if verdict.wrong.is_empty() {
-                findings.say(format!("{name}: no complaint of the kernel; the VM took {seconds} s"));
-            } else {
-                show(&cache, kernel, &ran);
-            }
-            for line in verdict.wrong {
-                findings.wrong(format!("{name}: {line}"));
-            }
+    let passes = passes(options.filter.as_deref());
+    // Side by side: a VM waits much of its time, and has two processors at most.
+    let results: Vec<Checked> = std::thread::scope(|scope| {
+        let running: Vec<_> = kernels
+            .iter()
+            .map(|kernel| {
+                let (options, programs, passes, cache) = (&options, &programs, &passes, &cache);
+                scope.spawn(move || {
+                    let mut image = build::base(root, kernel)?;
+                    programs.add_to(&mut image)?;
+                    on_one_kernel(cache, kernel, options, &image, passes)
+                })
+            })
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Checked>| {
+            thread.join().unwrap_or_else(|_| Err("a thread has panicked".into()))
+        };
+        running.into_iter().map(join).collect()
+    });
+    for result in results {
+        let Findings { lines, wrong } = result?;
+        findings.lines.extend(lines);
+        findings.wrong.extend(wrong);
+    }
+    Ok(findings)
+}
+
+/// Runs all `passes` on one kernel.
+fn on_one_kernel(
+    cache: &Path,
+    kernel: &Kernel,
+    options: &Options,
+    image: &image::Image,
+    passes: &[Pass],
+) -> Checked {
+    let mut findings = Findings::default();
+    for pass in passes {
+        let mut boot =
+            options.boot(kernel, image.clone(), Wish::Script(suites_script(&pass.suites, &pass.which)));
+        boot.iommu = pass.iommu;
+        let begun = Instant::now();
+        let ran = run(cache, kernel, &boot, options.keep, true)?;
+        let verdict = verdict::judge(&ran, &pass.suites, pass.partial);
+        let seconds = begun.elapsed().as_secs();
+        let name = format!("kernel {}{}", kernel.version, if pass.iommu { "" } else { " without an IOMMU" });
+        findings.lines.extend(verdict.lines.into_iter().map(|line| format!("{name}: {line}")));
+        if verdict.wrong.is_empty() {
+            findings.say(format!("{name}: no complaint of the kernel; the VM took {seconds} s"));
+        } else {
+            show(cache, kernel, &ran);
         }
+        findings.wrong.extend(verdict.wrong.into_iter().map(|line| format!("{name}: {line}")));
     }
     Ok(findings)
 }

@@ -30,17 +30,20 @@ fn held(pair: &Pair, side: &str, phase: &str) -> (Process, Process) {
 #[ignore = "needs the test VM: cargo xtask vm-test"]
 fn after_a_killed_sender_both_devices_are_usable() {
     let phases = ["setup", "precopy", "quiesce", "stop-copy", "load", "commit"];
-    side_by_side(&phases, lasting_pair, |pair, phase| {
-        pair.from.fill(8);
-        let (send, receive) = held(pair, "send", phase);
-        send.kill();
-        let received = Ended::of(receive);
-        assert_eq!(received.result["outcome"], "aborted", "{phase}: {:#}", received.result);
-        assert_eq!(received.result["destination_running"], false, "{phase}: {:#}", received.result);
-        let left = pair.from.number("state");
-        let (sent, _) = pair.migrate();
-        // A device that was left stopped has lost what it held, and that is said.
-        assert_eq!(sent.notes().contains("was reset first"), left != RUNNING, "{phase}: {left}");
+    side_by_side(&phases, |phases| {
+        let pair = &lasting_pair();
+        for phase in phases {
+            pair.from.fill(8);
+            let (send, receive) = held(pair, "send", phase);
+            send.kill();
+            let received = Ended::of(receive);
+            assert_eq!(received.result["outcome"], "aborted", "{phase}: {:#}", received.result);
+            assert_eq!(received.result["destination_running"], false, "{phase}: {:#}", received.result);
+            let left = pair.from.number("state");
+            let (sent, _) = pair.migrate();
+            // A device that was left stopped has lost what it held, and that is said.
+            assert_eq!(sent.notes().contains("was reset first"), left != RUNNING, "{phase}: {left}");
+        }
     });
 }
 
@@ -75,21 +78,24 @@ fn after_a_killed_receiver_the_source_runs_and_both_devices_are_usable() {
         ("send", "stop-copy"),
         ("receive", "load"),
     ];
-    side_by_side(&points, lasting_pair, |pair, (side, phase)| {
-        pair.from.fill(8);
-        let digest = pair.from.get("digest");
-        let (mut send, receive) = held(pair, side, phase);
-        receive.kill();
-        if *side == "send" {
-            send.tell("go");
+    side_by_side(&points, |points| {
+        let pair = &lasting_pair();
+        for (side, phase) in points {
+            pair.from.fill(8);
+            let digest = pair.from.get("digest");
+            let (mut send, receive) = held(pair, side, phase);
+            receive.kill();
+            if *side == "send" {
+                send.tell("go");
+            }
+            let sent = Ended::of(send);
+            let result = sent.must("aborted", 1);
+            assert_eq!(result["source_running"], true, "{phase}: {result:#}");
+            assert_eq!((pair.from.number("state"), pair.from.get("digest")), (RUNNING, digest), "{phase}");
+            let left = pair.to.number("state");
+            let (_, received) = pair.migrate();
+            assert_eq!(received.notes().contains("was reset first"), left != RUNNING, "{phase}: {left}");
         }
-        let sent = Ended::of(send);
-        let result = sent.must("aborted", 1);
-        assert_eq!(result["source_running"], true, "{phase}: {result:#}");
-        assert_eq!((pair.from.number("state"), pair.from.get("digest")), (RUNNING, digest), "{phase}");
-        let left = pair.to.number("state");
-        let (_, received) = pair.migrate();
-        assert_eq!(received.notes().contains("was reset first"), left != RUNNING, "{phase}: {left}");
     });
 }
 

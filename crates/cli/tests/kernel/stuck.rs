@@ -62,3 +62,23 @@ fn an_arc_that_a_signal_ends_is_given_up_at_the_deadline_and_the_device_runs_on(
     assert_eq!((pair.from.number("state"), pair.from.get("digest")), (RUNNING, digest));
     pair.migrate();
 }
+
+#[test]
+#[ignore = "needs the test VM: cargo xtask vm-test"]
+fn a_device_that_breaks_on_the_way_is_named_and_its_loss_is_the_exit_code() {
+    let pair = Pair::new(64 << 10);
+    pair.from.fill(1);
+    pair.from.set("fail_arc", "6 7 5 error");
+    let (receive, uri) = receive(&["--device", &pair.to.named(NIC), "--hold"]);
+    let sent = Ended::of(start(&["send", "--no-guest", "--device", &pair.from.named(NIC), &uri]));
+    let result = sent.must("aborted", 6);
+    let error = &result["error"];
+    assert_eq!((&error["device"], &error["state"]), (&NIC.into(), &"ERROR".into()), "{error:#}");
+    assert_eq!(error["errno"]["name"], "EIO", "{error:#}");
+    // The policy of the source is never to reset: what is left of the state is the operator's to judge.
+    assert_eq!(pair.from.number("resets"), 0);
+    drop(receive);
+    pair.from.set("fail_arc", "");
+    let (sent, _) = pair.migrate();
+    assert!(sent.notes().contains("found in ERROR"), "{}", sent.notes());
+}

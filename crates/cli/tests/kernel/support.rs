@@ -286,22 +286,15 @@ impl Pair {
     }
 }
 
-/// How many cases run at a time: most of each is waiting for the other process.
+/// How many lanes there are: most of each case is waiting for the other process.
 const LANES: usize = 3;
 
-/// Does `one` for each case, a few at a time. Those that come one after the other share what `make` made.
-pub(crate) fn side_by_side<C, T: Sync>(
-    cases: &[T],
-    make: impl Fn() -> C + Sync,
-    one: impl Fn(&C, &T) + Sync,
-) {
+/// Deals the cases out to a few lanes, which run at the same time.
+pub(crate) fn side_by_side<T: Sync>(cases: &[T], lane: impl Fn(&mut dyn Iterator<Item = &T>) + Sync) {
     thread::scope(|scope| {
-        for lane in 0..LANES.min(cases.len()) {
-            let (make, one) = (&make, &one);
-            scope.spawn(move || {
-                let context = make();
-                cases.iter().skip(lane).step_by(LANES).for_each(|case| one(&context, case));
-            });
+        for number in 0..LANES.min(cases.len()) {
+            let lane = &lane;
+            scope.spawn(move || lane(&mut cases.iter().skip(number).step_by(LANES)));
         }
     });
 }
