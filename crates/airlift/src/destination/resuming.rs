@@ -8,6 +8,7 @@ use crate::machine::{MachineMemory, MachineRecord, RecordOwner};
 use crate::set::{DeviceSet, LoadingSet, SetError, SetEvent};
 use crate::wire::Pool;
 use crate::wire::inbound::{Arrival, Inbound, RecordRoom};
+use crate::wire::rehearsal::rehearse;
 use airlift_core::{DeviceId, Failure, PeerDma, Phase, Side};
 use airlift_stream::message::Trailer;
 use airlift_stream::{Limits, Message};
@@ -49,6 +50,7 @@ pub(super) fn run(
             return Err(Standing::Idle(failed.into_set()));
         }
     };
+    rehearse(session.protocol.session());
     let external_memory = matches!(agreed.memory, MachineMemory::External);
     let peer_dma = if agreed.assume_no_peer_dma { PeerDma::AssumeNone } else { PeerDma::Possible };
     let lanes = agreed.data.len();

@@ -4,8 +4,8 @@ use super::load::{InFrame, Incoming};
 use super::members::Members;
 use super::sink::{SetEvent, StreamFault};
 use super::worker::{Held, Post, Worker, misuse};
-use super::{DeviceSet, FailedSet};
-use airlift_core::{DeviceId, DeviceState, PeerDma, RunPlan};
+use super::{DeviceSet, FailedSet, SetError};
+use airlift_core::{DeviceError, DeviceErrorKind, DeviceId, DeviceState, PeerDma, RunPlan};
 use airlift_stream::FrameHeader;
 use crossbeam_channel::{Receiver, Sender};
 use std::fmt;
@@ -57,6 +57,18 @@ impl Post {
                 self.held = Held::Idle(idle);
                 Err(StreamFault::Transition(Box::new(error)))
             }
+        }
+    }
+
+    /// Towards RUNNING. A device that has left STOP by itself was reset: what was loaded is gone (V2-STALE).
+    fn run_on(&mut self, target: DeviceState) -> Result<(), StreamFault> {
+        match self.state()? {
+            DeviceState::Stop | DeviceState::RunningP2p => self.walk(target),
+            state => Err(StreamFault::Device(DeviceError::new(
+                DeviceErrorKind::Lost,
+                "SET MIG_DEVICE_STATE",
+                format!("the device is in {state}: it was reset after it had been loaded"),
+            ))),
         }
     }
 
@@ -175,18 +187,14 @@ impl LoadedSet {
     /// # Errors
     /// When one fails. No vCPU must run then; the devices are to be reset.
     pub fn run(mut self, peer_dma: PeerDma, deadline: Duration) -> Result<DeviceSet, Box<FailedSet>> {
-        let stages = self
-            .members
-            .plan_devices(deadline)
-            .and_then(|devices| Ok(RunPlan::new(&devices, peer_dma)?.stages().to_vec()));
-        let result = stages.and_then(|stages| {
-            for stage in &stages {
-                self.members.stage(stage, deadline, |target| move |post: &mut Post| post.walk(target))?;
-            }
-            Ok(())
-        });
+        let result = RunPlan::new(&self.members.in_state(DeviceState::Stop), peer_dma)
+            .map_err(SetError::from)
+            .and_then(|plan| {
+                self.members
+                    .stages(plan.stages(), deadline, |_, target| move |post: &mut Post| post.run_on(target))
+            });
         match result {
-            Ok(()) => Ok(DeviceSet { members: self.members }),
+            Ok(_) => Ok(DeviceSet { members: self.members }),
             Err(error) => Err(FailedSet::new(self.members, error)),
         }
     }

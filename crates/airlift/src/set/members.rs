@@ -9,7 +9,7 @@ use crate::event::Event;
 use airlift_core::{
     Action, Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Errno,
     Failure, Fate, MigrationDevice, Phase, PlanDevice, PlanRefusal, Recovered, ResetPolicy, ResumeDevice,
-    Rollback, Side, Stage,
+    Rollback, Side, Stage, StageKind,
 };
 use crossbeam_channel::{Receiver, unbounded};
 use std::sync::Arc;
@@ -291,28 +291,74 @@ impl Members {
         Ok(states.into_iter().map(device).collect())
     }
 
-    /// Carries out one stage: every step at the same time, all ended when it returns.
-    pub(super) fn stage<F>(
+    /// The devices as plans want them, all in a state that they were seen in.
+    pub(super) fn in_state(&self, state: DeviceState) -> Vec<PlanDevice> {
+        self.present()
+            .into_iter()
+            .map(|index| PlanDevice {
+                id: self.ids[index].clone(),
+                capabilities: self.capabilities[index],
+                state,
+            })
+            .collect()
+    }
+
+    /// Carries out stages: every step of one at the same time, and all of it before the next begins. Gives
+    /// what each step has given.
+    ///
+    /// A device that is alone waits for nobody: all of its steps are one call, which saves the way to its
+    /// worker and back in between.
+    pub(super) fn stages<R, F>(
         &mut self,
-        stage: &Stage,
+        stages: &[Stage],
         deadline: Duration,
-        job: impl Fn(DeviceState) -> F,
-    ) -> Result<(), SetError>
+        job: impl Fn(StageKind, DeviceState) -> F,
+    ) -> Result<Vec<(usize, R)>, SetError>
     where
-        F: FnOnce(&mut Post) -> Result<(), StreamFault> + Send + 'static,
+        R: Send + 'static,
+        F: FnOnce(&mut Post) -> Result<R, StreamFault> + Send + 'static,
     {
-        let targets: Vec<_> = stage
-            .steps
+        let jobs: Vec<Vec<(usize, F)>> = stages
             .iter()
-            .filter_map(|step| Some((self.index_of(&step.device)?, step.action.target())))
+            .map(|stage| {
+                let steps = stage.steps.iter();
+                steps
+                    .filter_map(|step| {
+                        Some((self.index_of(&step.device)?, job(stage.kind, step.action.target())))
+                    })
+                    .collect()
+            })
             .collect();
-        let which: Vec<_> = targets.iter().map(|(index, _)| *index).collect();
-        let target = |index: usize| {
-            // `which` was made of `targets`, so every index is there.
-            targets.iter().find(|(i, _)| *i == index).map_or(DeviceState::Stop, |(_, target)| *target)
-        };
-        let answers = self.ask(&which, deadline, |index| job(target(index)));
-        self.all_ok(answers).map(drop)
+        let mut done = Vec::new();
+        if let [only] = self.present()[..] {
+            let mut own: Vec<F> =
+                jobs.into_iter().flatten().filter(|(index, _)| *index == only).map(|(_, job)| job).collect();
+            let deadline = deadline.saturating_mul(u32::try_from(own.len()).unwrap_or(1));
+            let answers = self.ask(&[only], deadline, |_| {
+                let own = std::mem::take(&mut own);
+                move |post: &mut Post| own.into_iter().map(|job| job(post)).collect::<Result<Vec<R>, _>>()
+            });
+            for (index, results) in self.all_ok(answers)? {
+                done.extend(results.into_iter().map(|result| (index, result)));
+            }
+            return Ok(done);
+        }
+        for stage in jobs {
+            let which: Vec<_> = stage.iter().map(|(index, _)| *index).collect();
+            let mut stage = stage.into_iter();
+            // Asked in the order of `which`, so that each gets its own.
+            let answers = self.ask(&which, deadline, |_| {
+                let job = stage.next().map(|(_, job)| job);
+                move |post: &mut Post| {
+                    job.map_or_else(
+                        || Err(StreamFault::Device(super::worker::misuse("no step"))),
+                        |job| job(post),
+                    )
+                }
+            });
+            done.extend(self.all_ok(answers)?);
+        }
+        Ok(done)
     }
 
     /// Brings every device back to what it was before the migration, as far as it can be (I2, I6).

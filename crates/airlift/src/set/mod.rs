@@ -155,10 +155,7 @@ impl DeviceSet {
     }
 
     fn walk_stages(&mut self, stages: &[airlift_core::Stage], deadline: Duration) -> Result<(), SetError> {
-        for stage in stages {
-            self.members.stage(stage, deadline, |target| move |post: &mut Post| post.walk(target))?;
-        }
-        Ok(())
+        self.members.stages(stages, deadline, |_, target| move |post: &mut Post| post.walk(target)).map(drop)
     }
 
     /// Resets every device. Destroys what the guest sees of them. Gives those that could not be

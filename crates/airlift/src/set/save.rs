@@ -71,6 +71,20 @@ impl SaveStatus {
     }
 }
 
+/// A device's data in STOP_COPY.
+#[derive(Default)]
+enum Stopped {
+    /// The device is not there yet.
+    #[default]
+    No,
+    /// It is being read.
+    Reading,
+    /// All of it was read.
+    Ended,
+    /// It cannot be read to its end; whoever asks for the end is told.
+    Failed(StreamFault),
+}
+
 /// One device's stream on its way out.
 pub(super) struct SaveStream {
     index: u32,
@@ -79,6 +93,8 @@ pub(super) struct SaveStream {
     // Taken from the sink and not used yet: its room stays taken.
     spare: Option<FrameBuf>,
     streaming: bool,
+    /// How far STOP_COPY is.
+    stopped: Stopped,
     reinit_pending: bool,
     looked: Timestamp,
     status: Arc<Mutex<SaveStatus>>,
@@ -104,6 +120,7 @@ impl SaveStream {
             encoder: RecordEncoder::new(index),
             spare: None,
             streaming: false,
+            stopped: Stopped::No,
             reinit_pending: false,
             looked: Timestamp::default(),
             status,
@@ -187,13 +204,26 @@ impl Outgoing {
             return Err(Box::new((idle, fault)));
         }
         match idle.save(DeviceState::StopCopy, recorder) {
-            Ok(saving) => Ok(Self { saving, stream }),
+            Ok(saving) => {
+                stream.stopped = Stopped::Reading;
+                Ok(Self { saving, stream })
+            }
             Err(refused) => Err(Box::new((refused.0, StreamFault::Transition(Box::new(refused.1))))),
         }
     }
 
-    /// One step of pre-copy.
+    /// One step of what is done between calls: pre-copy, and STOP_COPY as soon as the device is there,
+    /// while others save the machine's records.
     pub(super) fn step(&mut self, now: Timestamp) -> Result<Step, StreamFault> {
+        if matches!(self.stream.stopped, Stopped::Reading) {
+            return Ok(match self.read_stopped(ROOM_WAIT) {
+                Ok(()) => Step::Again,
+                Err(fault) => {
+                    self.stream.stopped = Stopped::Failed(fault);
+                    Step::Parked
+                }
+            });
+        }
         if !self.stream.streaming {
             return Ok(Step::Parked);
         }
@@ -276,34 +306,55 @@ impl Outgoing {
         Ok(info.is_some_and(|i| i.reinit) && !self.stream.reinit_pending)
     }
 
-    /// To STOP_COPY.
-    pub(super) fn stop(&mut self, recorder: &Recorder) -> Result<(), TransitionError> {
-        self.stream.streaming = false;
-        self.saving.walk(DeviceState::StopCopy, recorder)
+    /// To STOP_COPY, from where the worker reads on by itself. `true` when new initial data was announced, and
+    /// no step through P2P has said so.
+    pub(super) fn stop(&mut self, recorder: &Recorder) -> Result<bool, StreamFault> {
+        let asked = !std::mem::take(&mut self.stream.streaming);
+        let late = !asked && self.late_reinit()?;
+        self.saving
+            .walk(DeviceState::StopCopy, recorder)
+            .map_err(|error| StreamFault::Transition(Box::new(error)))?;
+        self.stream.stopped = Stopped::Reading;
+        Ok(late)
+    }
+
+    /// Reads the next piece in STOP_COPY, if there is room for it within `wait`.
+    fn read_stopped(&mut self, wait: Duration) -> Result<(), StreamFault> {
+        let Some(mut buffer) = self.stream.buffer(wait)? else { return Ok(()) };
+        buffer.clear();
+        match self.saving.session.read(buffer.payload_mut())? {
+            Piece::Data { len, chunk } => {
+                self.stream.encoder.data(&mut buffer, len, chunk)?;
+                self.stream.sink.send(self.stream.index, buffer)?;
+                self.stream.update(|status| status.stop_copy_bytes += len as u64);
+                Ok(())
+            }
+            Piece::End => {
+                self.stream.spare = Some(buffer);
+                self.stream.stopped = Stopped::Ended;
+                Ok(())
+            }
+            Piece::Drained => Err(StreamFault::Device(DeviceError::new(
+                DeviceErrorKind::Protocol,
+                "read in STOP_COPY",
+                "the device says that it has nothing now, which STOP_COPY does not know (V2-ENOMSG)",
+            ))),
+        }
     }
 
     /// Reads the device to its end and closes the stream, with the device's configuration if it has one.
     pub(super) fn drain(&mut self, config: Option<&[u8]>) -> Result<StreamTotals, StreamFault> {
-        loop {
-            let mut buffer = self.stream.buffer_surely()?;
-            match self.saving.session.read(buffer.payload_mut())? {
-                Piece::Data { len, chunk } => {
-                    self.stream.encoder.data(&mut buffer, len, chunk)?;
-                    self.stream.sink.send(self.stream.index, buffer)?;
-                    self.stream.update(|status| status.stop_copy_bytes += len as u64);
-                }
-                Piece::End => {
-                    self.stream.spare = Some(buffer);
-                    break;
-                }
-                Piece::Drained => {
-                    return Err(StreamFault::Device(DeviceError::new(
-                        DeviceErrorKind::Protocol,
-                        "read in STOP_COPY",
-                        "the device says that it has nothing now, which STOP_COPY does not know (V2-ENOMSG)",
-                    )));
-                }
+        while matches!(self.stream.stopped, Stopped::Reading) {
+            self.read_stopped(DRAIN_WAIT)?;
+        }
+        match std::mem::replace(&mut self.stream.stopped, Stopped::Ended) {
+            Stopped::Failed(fault) => return Err(fault),
+            Stopped::No => {
+                let error =
+                    DeviceError::new(DeviceErrorKind::Misuse, "read in STOP_COPY", "the device is not there");
+                return Err(StreamFault::Device(error));
             }
+            Stopped::Reading | Stopped::Ended => {}
         }
         let mut buffer = self.stream.buffer_surely()?;
         match config {

@@ -86,34 +86,33 @@ impl Post {
         }
     }
 
-    fn quiesce_p2p(&mut self, target: DeviceState) -> Result<(), StreamFault> {
+    /// To the P2P state; `true` when the device has announced new initial data too late.
+    fn quiesce_p2p(&mut self, target: DeviceState) -> Result<bool, StreamFault> {
         let recorder = self.recorder.clone();
-        match &mut self.held {
+        let late = match &mut self.held {
             Held::Saving(outgoing) => {
-                outgoing.quiesce_p2p(&recorder).map_err(|error| StreamFault::Transition(Box::new(error)))?
+                outgoing.quiesce_p2p(&recorder).map_err(|error| StreamFault::Transition(Box::new(error)))?;
+                outgoing.late_reinit()?
             }
-            _ => self.walk(target)?,
-        }
+            _ => {
+                self.walk(target)?;
+                false
+            }
+        };
         self.note(target);
-        Ok(())
+        Ok(late)
     }
 
-    fn late_reinit(&mut self) -> Result<bool, StreamFault> {
-        match &mut self.held {
-            Held::Saving(outgoing) => outgoing.late_reinit(),
-            _ => Ok(false),
-        }
-    }
-
-    fn stop(&mut self) -> Result<(), StreamFault> {
+    /// To STOP_COPY; `true` as for [`quiesce_p2p`](Self::quiesce_p2p), where there was no such step.
+    fn stop(&mut self) -> Result<bool, StreamFault> {
         let recorder = self.recorder.clone();
         self.held = match std::mem::replace(&mut self.held, Held::Gone) {
             Held::Saving(mut outgoing) => {
                 let result = outgoing.stop(&recorder);
                 self.held = Held::Saving(outgoing);
-                result.map_err(|error| StreamFault::Transition(Box::new(error)))?;
+                let late = result?;
                 self.note(DeviceState::StopCopy);
-                return Ok(());
+                return Ok(late);
             }
             Held::Idle(idle) => {
                 let Some(stream) = self.waiting.take() else {
@@ -135,7 +134,7 @@ impl Post {
             }
         };
         self.note(DeviceState::StopCopy);
-        Ok(())
+        Ok(false)
     }
 
     fn drain(&mut self, config: Option<&[u8]>) -> Result<StreamTotals, StreamFault> {
@@ -210,34 +209,15 @@ impl SavingSet {
         if how.skip_p2p {
             plan = plan.skip_p2p();
         }
-        let mut late = None;
-        for stage in plan.stages() {
-            match stage.kind {
-                StageKind::PeerQuiet => {
-                    self.members
-                        .stage(stage, deadline, |target| move |post: &mut Post| post.quiesce_p2p(target))?;
-                    late = Some(self.late_reinits(deadline)?);
-                }
-                StageKind::Stop | StageKind::Run | StageKind::Reset => {
-                    // Without P2P this is the last moment at which pre-copy can be asked.
-                    if late.is_none() {
-                        late = Some(self.late_reinits(deadline)?);
-                    }
-                    self.members.stage(stage, deadline, |_| Post::stop)?;
-                }
+        let late = self.members.stages(plan.stages(), deadline, |kind, target| {
+            move |post: &mut Post| match kind {
+                StageKind::PeerQuiet => post.quiesce_p2p(target),
+                StageKind::Stop | StageKind::Run | StageKind::Reset => post.stop(),
             }
-        }
+        })?;
         // A device that was in STOP_COPY already has no stage and no session: it was not ours.
-        Ok(late.unwrap_or_default())
-    }
-
-    /// The devices that announce new initial data although the decision to stop was made.
-    fn late_reinits(&mut self, deadline: Duration) -> Result<Vec<DeviceId>, SetError> {
-        let which = self.members.present();
-        let answers = self.members.ask(&which, deadline, |_| Post::late_reinit);
-        let answers = self.members.all_ok(answers)?;
         let ids = self.members.ids();
-        Ok(answers.into_iter().filter(|(_, is)| *is).map(|(i, _)| ids[i].clone()).collect())
+        Ok(late.into_iter().filter(|(_, is)| *is).map(|(index, _)| ids[index].clone()).collect())
     }
 
     /// Ends saving: every device back to what it was.
@@ -271,7 +251,7 @@ impl StoppedSet {
         self.members.ids()
     }
 
-    /// Begins to read every device to its end, at the same time. `configs` are the devices'
+    /// Reads every device to its end, at the same time; workers have begun to by themselves. `configs` are the devices'
     /// configuration records, by position in the set; a device without one has `None`.
     #[must_use]
     pub fn drain(self, configs: Vec<Option<Vec<u8>>>) -> Draining {

@@ -8,6 +8,7 @@ use crate::memory::{DirtyTracking, Sweeper};
 use crate::set::{ChunkSink, DeviceSet, SavingSet};
 use crate::wire::credit::CreditedSink;
 use crate::wire::outbound::{OnLoss, Outbound};
+use crate::wire::rehearsal::rehearse;
 use airlift_core::{Failure, Phase, Side};
 use std::sync::Arc;
 
@@ -67,6 +68,7 @@ fn prepare(session: &mut Session, agreed: Agreed) -> Result<Moving, Failure> {
     if session.sink.set(Arc::clone(&sink)).is_err() {
         return Err(fail("setup was made twice".into()));
     }
+    rehearse(session.protocol.session());
     let memory_bytes = agreed.layout.total_bytes();
     let gauges = &session.control.gauges;
     gauges.memory_total.store(memory_bytes, std::sync::atomic::Ordering::Relaxed);

@@ -9,6 +9,7 @@ pub(crate) mod frames;
 pub(crate) mod inbound;
 pub(crate) mod outbound;
 mod pool;
+pub(crate) mod rehearsal;
 
 pub(crate) use pool::Pool;
 pub use pool::PooledBuf;

@@ -62,7 +62,10 @@ pub(crate) fn capabilities(config: &[u8]) -> Vec<Capability> {
         let pointer = |at: u16| config.get(usize::from(at)).map_or(0, |b| u16::from(*b & 0xfc));
         let mut at = pointer(FIRST_CAPABILITY);
         while at >= CAPABILITIES && !seen(&found, at) {
-            let Some(&id) = config.get(usize::from(at)) else { break };
+            // A capability has four bytes at least.
+            let Some(&[id, ..]) = config.get(usize::from(at)..).and_then(|c| c.first_chunk::<4>()) else {
+                break;
+            };
             if id == 0xff {
                 break;
             }
