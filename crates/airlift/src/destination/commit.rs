@@ -28,7 +28,8 @@ impl Guest {
 }
 
 pub(super) fn run(session: &mut Session, holding: Holding) -> Result<Standing, Standing> {
-    let Holding { set, pending, peer_dma } = holding;
+    let Holding { mut set, pending, peer_dma } = holding;
+    set.prepare(peer_dma);
     let mut guest = Guest::Held(set);
     loop {
         match session.wait(None, Duration::from_secs(1)) {

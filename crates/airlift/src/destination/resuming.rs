@@ -84,7 +84,7 @@ pub(super) fn run(
 }
 
 fn start_readers(
-    session: &Session,
+    session: &mut Session,
     set: &LoadingSet,
     agreed: Agreed,
 ) -> Result<Vec<Arc<crate::link::Stream>>, Failure> {
@@ -96,6 +96,7 @@ fn start_readers(
     };
     let spawner = Arc::clone(&session.recorder.environment.spawner);
     let pools: Vec<_> = set.ids().iter().map(|_| Pool::new(agreed.room, payload)).collect();
+    session.buffers.clone_from(&pools);
     let records = Arc::new(RecordRoom::default());
     let mut streams: Vec<Arc<crate::link::Stream>> = Vec::with_capacity(agreed.data.len());
     for (lane, stream) in agreed.data.into_iter().enumerate() {
@@ -217,7 +218,10 @@ fn on_device(
         next = events.try_recv().ok();
     }
     for (device, frames) in written {
-        session.send(&Message::Credit { device, frames });
+        // Behind the end of a stream nothing more needs room.
+        if slot(&mut tally.ended, device).is_some_and(|ended| ended.is_none()) {
+            session.send(&Message::Credit { device, frames });
+        }
     }
 }
 

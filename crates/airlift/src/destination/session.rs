@@ -9,6 +9,7 @@ use crate::machine::{Machine, MachineError};
 use crate::options::DestinationOptions;
 use crate::report::Outcome;
 use crate::set::{Recorder, SetEvent};
+use crate::wire::Pool;
 use crate::wire::control::{Admission, Allowance, ControlLink, Ticket};
 use crate::wire::frames::WireError;
 use crate::wire::inbound::Arrival;
@@ -83,6 +84,9 @@ pub(super) struct Session {
     pub(super) control: Control,
     pub(super) options: DestinationOptions,
     pub(super) mail: Sender<Input>,
+    /// What device data came in. Kept to the end: giving it back to the system takes milliseconds, which
+    /// would be the downtime's.
+    pub(super) buffers: Vec<Pool>,
     inbox: Receiver<Input>,
     /// What has come before the phase that it is for.
     early: VecDeque<(Wake, Option<Ticket>)>,
@@ -133,6 +137,7 @@ impl Session {
             control,
             options,
             mail,
+            buffers: Vec::new(),
             inbox,
             early: VecDeque::new(),
             link: None,

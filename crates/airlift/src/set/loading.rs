@@ -158,7 +158,7 @@ impl LoadingSet {
         let which = self.members.present();
         let answers = self.members.ask(&which, deadline, |_| Post::finish_loading);
         match self.members.all_ok(answers) {
-            Ok(_) => Ok(LoadedSet { members: self.members }),
+            Ok(_) => Ok(LoadedSet { members: self.members, plan: None }),
             Err(error) => Err(FailedSet::new(self.members, error)),
         }
     }
@@ -173,6 +173,8 @@ impl LoadingSet {
 /// Devices in STOP that hold the other side's state.
 pub struct LoadedSet {
     members: Members,
+    /// How they are to run, where that was asked before.
+    plan: Option<(PeerDma, RunPlan)>,
 }
 
 impl fmt::Debug for LoadedSet {
@@ -182,17 +184,29 @@ impl fmt::Debug for LoadedSet {
 }
 
 impl LoadedSet {
+    /// Plans how the devices are to run, so that [`run`](Self::run) need not: while COMMIT is waited for there
+    /// is time for it.
+    pub(crate) fn prepare(&mut self, peer_dma: PeerDma) {
+        // What cannot be planned is said when it is to be done.
+        self.plan = self.plan_run(peer_dma).ok().map(|plan| (peer_dma, plan));
+    }
+
+    fn plan_run(&mut self, peer_dma: PeerDma) -> Result<RunPlan, SetError> {
+        match self.plan.take() {
+            Some((of, plan)) if of == peer_dma => Ok(plan),
+            _ => Ok(RunPlan::new(&self.members.in_state(DeviceState::Stop), peer_dma)?),
+        }
+    }
+
     /// Lets all devices run: all to RUNNING_P2P, a barrier, then all to RUNNING.
     ///
     /// # Errors
     /// When one fails. No vCPU must run then; the devices are to be reset.
     pub fn run(mut self, peer_dma: PeerDma, deadline: Duration) -> Result<DeviceSet, Box<FailedSet>> {
-        let result = RunPlan::new(&self.members.in_state(DeviceState::Stop), peer_dma)
-            .map_err(SetError::from)
-            .and_then(|plan| {
-                self.members
-                    .stages(plan.stages(), deadline, |_, target| move |post: &mut Post| post.run_on(target))
-            });
+        let result = self.plan_run(peer_dma).and_then(|plan| {
+            self.members
+                .stages(plan.stages(), deadline, |_, target| move |post: &mut Post| post.run_on(target))
+        });
         match result {
             Ok(_) => Ok(DeviceSet { members: self.members }),
             Err(error) => Err(FailedSet::new(self.members, error)),

@@ -247,6 +247,8 @@ fn run(mut post: Post, inbox: &Receiver<Job>, arriving: Receiver<InFrame>) {
                 Ok(job) => {
                     if !post.recorder.is_abandoned() {
                         job(&mut post);
+                        // Whoever asked goes first: with few processors it would wait for what comes next here.
+                        std::thread::yield_now();
                     }
                     continue;
                 }
@@ -259,7 +261,10 @@ fn run(mut post: Post, inbox: &Receiver<Job>, arriving: Receiver<InFrame>) {
         let timeout = wait.map_or_else(never, crossbeam_channel::after);
         crossbeam_channel::select_biased! {
             recv(inbox) -> job => match job {
-                Ok(job) if !post.recorder.is_abandoned() => job(&mut post),
+                Ok(job) if !post.recorder.is_abandoned() => {
+                    job(&mut post);
+                    std::thread::yield_now();
+                }
                 Ok(_) => return,
                 Err(_) => return,
             },
