@@ -50,7 +50,12 @@ fn on_device(operation: &str, id: &DeviceId, error: &airlift_core::DeviceError) 
 
 impl Machine for NoGuest {
     fn blockers(&mut self) -> Result<Vec<Blocker>, MachineError> {
-        Ok(Vec::new())
+        // A configuration that cannot be carried is found before anything is touched.
+        let blocker = |(id, config): &(DeviceId, PciConfig)| {
+            let reason = config.check().err()?;
+            Some(Blocker { owner: id.to_string(), reason: reason.to_string() })
+        };
+        Ok(self.configs.iter().filter_map(blocker).collect())
     }
 
     fn memory_layout(&mut self) -> Result<MemoryLayout, MachineError> {

@@ -51,6 +51,15 @@ impl PciConfig {
         save(&self.device).map(|record| record.encode())
     }
 
+    /// Whether the configuration can be saved, and is one that [`restore`](Self::restore) would take. Writes
+    /// nothing, so that it can be asked before a migration begins, when refusing costs nothing.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save) and [`restore`](Self::restore).
+    pub fn check(&self) -> Result<(), DeviceError> {
+        check(&self.device)
+    }
+
     /// Restores a record, while the device is RESUMING and has all of its data: before RESUMING -> STOP, where it
     /// validates. Bus mastering is switched on last, so that it does no DMA with half of a configuration.
     ///
@@ -105,6 +114,13 @@ fn save(device: &impl Access) -> Result<Record, DeviceError> {
     Ok(Record { mode: mode(&config), config, table })
 }
 
+fn check(device: &impl Access) -> Result<(), DeviceError> {
+    let record = Record::decode(&save(device)?.encode())
+        .map_err(|reason| wrong(SAVE, format!("the record: {reason}")))?;
+    fits(&record, &read_config(device, SAVE)?)?;
+    check_vectors(device, record.mode)
+}
+
 /// The MSI-X table; empty where the driver keeps it for itself.
 fn read_table(device: &impl Access, msix: Msix) -> Vec<u8> {
     let mut table = vec![0; msix.table_size()];
@@ -122,17 +138,9 @@ fn read_table(device: &impl Access, msix: Msix) -> Vec<u8> {
 fn restore(device: &impl Access, record: &[u8]) -> Result<(), DeviceError> {
     let record = Record::decode(record).map_err(|reason| wrong(RESTORE, format!("the record: {reason}")))?;
     let found = read_config(device, RESTORE)?;
-    if let Some(difference) = difference(&record.config, &found) {
-        return Err(wrong(RESTORE, format!("the record is of a device with another layout: {difference}")));
-    }
+    fits(&record, &found)?;
     let config = &record.config;
     let msix = Msix::find(config);
-    if !record.table.is_empty() && msix.is_none_or(|m| m.table_size() != record.table.len()) {
-        return Err(wrong(RESTORE, "the record: its MSI-X table has another size than its device says"));
-    }
-    if record.mode != mode(config) {
-        return Err(wrong(RESTORE, "the record: its interrupts are not those of its configuration space"));
-    }
     check_vectors(device, record.mode)?;
 
     let command = word(config, COMMAND).unwrap_or(0);
@@ -149,6 +157,21 @@ fn restore(device: &impl Access, record: &[u8]) -> Result<(), DeviceError> {
         write_table(device, msix, &record.table)?;
     }
     put(device, config, &registers::command())
+}
+
+/// Whether a record is sound, and of a device with the layout of the one `found`.
+fn fits(record: &Record, found: &[u8]) -> Result<(), DeviceError> {
+    if let Some(difference) = difference(&record.config, found) {
+        return Err(wrong(RESTORE, format!("the record is of a device with another layout: {difference}")));
+    }
+    let table = Msix::find(&record.config).map(|m| m.table_size());
+    if !record.table.is_empty() && table != Some(record.table.len()) {
+        return Err(wrong(RESTORE, "the record: its MSI-X table has another size than its device says"));
+    }
+    if record.mode != mode(&record.config) {
+        return Err(wrong(RESTORE, "the record: its interrupts are not those of its configuration space"));
+    }
+    Ok(())
 }
 
 /// What differs between the layouts of two configuration spaces.

@@ -242,3 +242,14 @@ fn the_upper_half_of_a_wide_bar_has_no_type() {
     config[0x18] = 0x01;
     assert_eq!(bar_types(&config), [Some(0xc), None, Some(1), Some(0), Some(0), Some(0)]);
 }
+
+#[test]
+fn a_configuration_is_checked_without_a_write() {
+    let device = used();
+    check(&device).unwrap();
+    assert!(device.did.borrow().is_empty(), "{:?}", device.did.borrow());
+    // A bridge: nothing that a restore would take.
+    let mut bridge = vec![0; 256];
+    bridge[0x0e] = 1;
+    assert!(check(&Fake::new(bridge)).unwrap_err().to_string().contains("header types"));
+}
