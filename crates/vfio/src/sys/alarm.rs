@@ -9,6 +9,7 @@
 
 use super::ioctl::last_errno;
 use airlift_core::Errno;
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -95,14 +96,38 @@ fn timespec(time: Duration) -> libc::timespec {
     }
 }
 
-/// Lets the timer go off after `first`, which is above 0, and then again and again.
+/// Lets the timer go off after `first` and then again and again; not at all where that is 0.
 fn set_timer(timer: libc::timer_t, first: Duration) -> Result<(), Errno> {
-    let spec = libc::itimerspec { it_value: timespec(first), it_interval: timespec(AGAIN) };
+    let again = if first.is_zero() { first } else { AGAIN };
+    let spec = libc::itimerspec { it_value: timespec(first), it_interval: timespec(again) };
     // SAFETY: the timer is one of ours that was not deleted yet; `spec` is readable.
     match unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(last_errno()),
     }
+}
+
+/// A thread's own timer. Made at its first call, because making one costs more than all else here.
+struct OwnTimer(libc::timer_t);
+
+impl Drop for OwnTimer {
+    fn drop(&mut self) {
+        // SAFETY: the thread ends, so none of its calls is under way, and nobody else knows the timer.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
+/// The timer that is aimed at this thread.
+fn own_timer() -> Result<libc::timer_t, Errno> {
+    thread_local!(static TIMER: RefCell<Option<OwnTimer>> = const { RefCell::new(None) });
+    TIMER.with_borrow_mut(|own| {
+        if let Some(OwnTimer(timer)) = own {
+            return Ok(*timer);
+        }
+        let timer = create_timer()?;
+        *own = Some(OwnTimer(timer));
+        Ok(timer)
+    })
 }
 
 fn create_timer() -> Result<libc::timer_t, Errno> {
@@ -123,7 +148,7 @@ fn create_timer() -> Result<libc::timer_t, Errno> {
     }
 }
 
-/// Takes a call off the list, and its timer with it.
+/// Takes a call off the list, and stops its timer.
 struct Registered<'a> {
     alarm: &'a Alarm,
     number: u64,
@@ -134,8 +159,8 @@ impl Drop for Registered<'_> {
         let mut active = self.alarm.lock();
         if let Some(at) = active.iter().position(|a| a.number == self.number) {
             let ended = active.swap_remove(at);
-            // SAFETY: under the lock, and off the list: nobody else uses this timer any more.
-            unsafe { libc::timer_delete(ended.timer) };
+            // Under the lock, so that nobody starts it again. It cannot fail with these values.
+            let _ = set_timer(ended.timer, Duration::ZERO);
         }
     }
 }
@@ -146,7 +171,7 @@ impl Alarm {
     }
 
     /// Makes `call` until it gives something else than EINTR by a signal of somebody else's, at most
-    /// for `timeout`.
+    /// for `timeout`. `call` makes no other such call: a thread has one timer.
     ///
     /// # Errors
     /// The call's own, or how it was ended.
@@ -160,7 +185,7 @@ impl Alarm {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let interrupted = Arc::new(AtomicBool::new(false));
         let until = Instant::now() + timeout;
-        let timer = create_timer().map_err(CallError::Errno)?;
+        let timer = own_timer().map_err(CallError::Errno)?;
         self.lock().push(Active { number, timer, interrupted: Arc::clone(&interrupted) });
         let _registered = Registered { alarm: self, number };
         set_timer(timer, timeout).map_err(CallError::Errno)?;
@@ -182,7 +207,7 @@ impl Alarm {
     pub(crate) fn ring(&self) {
         for active in self.lock().iter() {
             active.interrupted.store(true, Ordering::Release);
-            // The timer is on the list, so it is not deleted. It cannot fail with these values.
+            // The timer is on the list, so its thread is in a call and has not ended.
             let _ = set_timer(active.timer, Duration::from_nanos(1));
         }
     }
