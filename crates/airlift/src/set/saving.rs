@@ -185,7 +185,8 @@ impl SavingSet {
     }
 
     /// Stops all devices: all to P2P, a barrier, then all to STOP_COPY (I14). The vCPUs must have
-    /// been paused and access to devices closed.
+    /// been paused and access to devices closed. From here on workers send what the stopped devices have to
+    /// the sink; [`StoppedSet::drain`] waits for the end of it.
     ///
     /// Gives the stopped set and the devices that announced new initial data too late
     /// (V2-REINIT): their switchover may be slower than estimated.
@@ -267,7 +268,7 @@ impl StoppedSet {
         Draining { members: self.members, drains }
     }
 
-    /// Every device back to what it was.
+    /// Every device back to what it was. The sink must have been closed, so that no worker waits in it.
     #[must_use]
     pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
         roll_back(self.members, policy, deadline)
