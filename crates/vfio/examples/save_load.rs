@@ -1,7 +1,6 @@
 //! Saves a device into memory with pre-copy, resets it, and loads it again.
 //!
-//! `save_load DEVICE`, where DEVICE is `mdev:UUID`, `pci:BDF` or `cdev:PATH` of an idle device whose
-//! driver implements VFIO migration interface v2. What the device held before is back at the end.
+//! `save_load DEVICE`: `mdev:UUID`, `pci:BDF` or `cdev:PATH` of an idle device with migration interface v2.
 
 use airlift_core::{DeviceId, DeviceState, MigrationDevice, Piece, SaveSession, Session};
 use airlift_vfio::{DeviceAddress, OpenOptions, VfioDevice, VfioOptions, open};
@@ -9,22 +8,17 @@ use std::error::Error;
 
 /// Walks to a state; the kernel's view of each step is in debugfs, `vfio/DEVICE/migration/state`.
 fn walk(device: &mut VfioDevice, to: DeviceState) -> Result<Option<Session>, Box<dyn Error>> {
-    let from = device.state()?;
-    let session = device.set_state(to)?;
-    println!("{from} -> {to}, now {}", device.state()?);
-    Ok(session)
+    println!("{} -> {to}", device.state()?);
+    Ok(device.set_state(to)?)
 }
 
 /// Reads until the driver has nothing (more): a pre-copy state drains, STOP_COPY ends.
 fn read(session: &mut dyn SaveSession, saved: &mut Vec<u8>) -> Result<(), Box<dyn Error>> {
     let (before, mut buf) = (saved.len(), vec![0; 1 << 20]);
-    let why = loop {
-        match session.read(&mut buf)? {
-            Piece::Data { len, .. } => saved.extend(&buf[..len]),
-            other => break other,
-        }
-    };
-    println!("  read {} bytes, then {why:?}", saved.len() - before);
+    while let Piece::Data { len, .. } = session.read(&mut buf)? {
+        saved.extend(&buf[..len]);
+    }
+    println!("  read {} bytes", saved.len() - before);
     Ok(())
 }
 
@@ -47,13 +41,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             walk(&mut device, DeviceState::PreCopyP2p)?;
         }
     }
-    println!("  stop-copy will have about {:?} bytes", device.stop_copy_size()?);
     saving = walk(&mut device, DeviceState::StopCopy)?.or(saving);
     let Some(Session::Save(session)) = &mut saving else { return Err("no session".into()) };
     read(session.as_mut(), &mut saved)?;
     walk(&mut device, DeviceState::Stop)?;
 
-    // What was saved is in memory alone now.
     device.reset()?;
     println!("reset, now {}", device.state()?);
 
@@ -64,6 +56,5 @@ fn main() -> Result<(), Box<dyn Error>> {
     session.write(&saved)?;
     println!("  wrote {} bytes", saved.len());
     walk(&mut device, DeviceState::Stop)?;
-    walk(&mut device, DeviceState::Running)?;
-    Ok(())
+    walk(&mut device, DeviceState::Running).map(drop)
 }
