@@ -6,9 +6,11 @@
 //! arcs, the folds of devices that lack states, and all combinations follow from that; no table
 //! stands here. `tests/arcs_table.rs` holds the interface's table and compares.
 //!
+//! In interface v1 one write may change both facts at once, so that its arcs are more: see V1-ARCS.
+//!
 //! Nothing here talks to a device. That a path exists does not mean that a device will complete it.
 
-use crate::{Capabilities, DeviceState, Errno};
+use crate::{Capabilities, DeviceState, Errno, Interface};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -93,6 +95,20 @@ fn motion(state: DeviceState, caps: &Capabilities) -> Option<u8> {
     }
 }
 
+/// Whether one write of `device_state` leads from one to the other (V1-ARCS). Pre-copy ends running or
+/// in stop-and-copy; a device that saved loads only after it has run or stopped.
+const fn is_v1_arc(from: Holds, to: Holds, before: u8, after: u8) -> bool {
+    match (from, to) {
+        (Holds::Nothing, Holds::Nothing) => before != after,
+        // Saving starts no device, and stops none at its end.
+        (Holds::Nothing, Holds::Saving) => after <= before,
+        (Holds::Saving, Holds::Saving) => after < before,
+        (Holds::Saving, Holds::Nothing) => after >= before,
+        (Holds::Nothing, Holds::Loading) | (Holds::Loading, Holds::Nothing) => true,
+        (Holds::Saving | Holds::Loading, Holds::Loading) | (Holds::Loading, Holds::Saving) => false,
+    }
+}
+
 /// Whether `from -> to` is a single arc of a device with these capabilities (V2-ARCS).
 fn is_arc(from: DeviceState, to: DeviceState, caps: &Capabilities) -> bool {
     if !caps.has(from) || !caps.has(to) {
@@ -101,6 +117,9 @@ fn is_arc(from: DeviceState, to: DeviceState, caps: &Capabilities) -> bool {
     let (Some(before), Some(after)) = (motion(from, caps), motion(to, caps)) else {
         return false;
     };
+    if caps.interface == Interface::V1 {
+        return is_v1_arc(Holds::of(from), Holds::of(to), before, after);
+    }
     match (Holds::of(from), Holds::of(to)) {
         // The session stays: one step of motion. A saving session that has stopped stays stopped
         // (V2-NO-REWIND).
@@ -112,7 +131,7 @@ fn is_arc(from: DeviceState, to: DeviceState, caps: &Capabilities) -> bool {
     }
 }
 
-/// The single arcs that the driver of a device with these capabilities implements (V2-ARCS), by
+/// The single arcs that the driver of a device with these capabilities implements (V2-ARCS, V1-ARCS), by
 /// their states' values. Arcs to ERROR are not in it: they cannot be asked for.
 #[must_use]
 pub fn arcs(caps: &Capabilities) -> Vec<Arc> {

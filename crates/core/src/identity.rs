@@ -1,6 +1,7 @@
 //! Who a device is: the name that pairs source and destination, and the facts that must agree
 //! before its state may be loaded.
 
+use crate::Interface;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -65,6 +66,9 @@ pub struct StateFormat {
     pub version: u32,
     /// Versions that this device reads.
     pub accepts: Vec<u32>,
+    /// Interfaces besides its own whose data this device reads in this format (V1-MIX).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<Interface>,
 }
 
 /// What the other side must match before a device's state is loaded.

@@ -31,6 +31,7 @@ pub mod region;
 mod rollback;
 mod state;
 mod time;
+pub mod v1;
 
 pub use address::{Gpa, GpaRange, Iova, IovaMap, IovaMapping, IovaRange, MemoryLayout, MemoryRegion};
 pub use arcs::{Arc, ArcSession, PathError, arcs, next as next_state, path};

@@ -145,8 +145,13 @@ pub struct Capabilities {
     pub flags: MigrationFlags,
     /// It can announce new initial data in PRE_COPY (V2-REINIT).
     pub reinit: bool,
-    /// The largest transaction in bytes that it takes while loading; `None`: any segmentation.
+    /// The largest transaction in bytes that it takes while loading; `None`: any segmentation
+    /// (V1-WHOLE).
     pub largest_transaction: Option<u64>,
+    /// Bytes of its data section: no transaction that it gives is larger. `None` in interface v2, which
+    /// has no transactions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_section: Option<u64>,
 }
 
 /// A combination of migration flags that the interface leaves undefined (V2-CAPABILITIES).
@@ -164,7 +169,21 @@ impl Capabilities {
         if !flags.contains(MigrationFlags::STOP_COPY) {
             return Err(InvalidCapabilities(raw_flags));
         }
-        Ok(Self { interface: Interface::V2, flags, reinit: false, largest_transaction: None })
+        let interface = Interface::V2;
+        Ok(Self { interface, flags, reinit: false, largest_transaction: None, data_section: None })
+    }
+
+    /// A v1 device with a data section of so many bytes: PRE_COPY, which every such device has, and no
+    /// P2P. `whole`: it takes a transaction only in one round (V1-WHOLE).
+    #[must_use]
+    pub fn v1(data_section: u64, whole: bool) -> Self {
+        Self {
+            interface: Interface::V1,
+            flags: MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY,
+            reinit: false,
+            largest_transaction: whole.then_some(data_section),
+            data_section: Some(data_section),
+        }
     }
 
     /// It has the P2P states.

@@ -9,7 +9,7 @@ use airlift_core::{
 use proptest::prelude::*;
 
 fn device(name: &str, flags: u64) -> DeviceOffer {
-    let format = StateFormat { name: "soft".into(), version: 2, accepts: vec![1, 2] };
+    let format = StateFormat { name: "soft".into(), version: 2, accepts: vec![1, 2], interfaces: vec![] };
     let facts = [("pci-vendor", "0x1af4"), ("region0-size", "4096")];
     DeviceOffer {
         id: DeviceId::new(name).unwrap(),

@@ -9,8 +9,8 @@
 
 use airlift_core::{Arc as StateArc, DeviceState, Errno, MigrationFlags, PrecopyInfo, StateFormat};
 use airlift_vfio_user::{
-    Attachment, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader, MigrationSupport,
-    PciIds, RegionDescription, Saver, Server, ServerOptions,
+    Attachment, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader, MigrationInterface,
+    MigrationSupport, PciIds, RegionDescription, Saver, Server, ServerOptions,
 };
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -40,11 +40,17 @@ impl Device for Counter {
                 revision: 1,
             }),
             migration: Some(MigrationSupport {
+                interface: MigrationInterface::V2,
                 flags: MigrationFlags::STOP_COPY,
                 dma_logging: true,
                 reinit: false,
             }),
-            format: StateFormat { name: "example-counter".into(), version: 1, accepts: vec![1] },
+            format: StateFormat {
+                name: "example-counter".into(),
+                version: 1,
+                accepts: vec![1],
+                interfaces: vec![],
+            },
         }
     }
 

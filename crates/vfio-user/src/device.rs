@@ -45,14 +45,52 @@ pub struct PciIds {
 }
 
 /// How a device can be migrated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrationSupport {
-    /// Its states (interface v2).
+    /// Over which interface it is served.
+    pub interface: MigrationInterface,
+    /// Its states. Over interface v1: STOP_COPY and PRE_COPY, which every device must have there, also
+    /// one that has nothing to give in it; and no P2P (V1-ARCS).
     pub flags: MigrationFlags,
     /// The server logs the DMA that goes through [`Dma`] and serves features 6, 7 and 8.
     pub dma_logging: bool,
     /// It announces new initial data in PRE_COPY, to clients that opted in.
     pub reinit: bool,
+}
+
+/// The interface over which clients migrate a device. The device's own side is the same in both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MigrationInterface {
+    /// The state machine: features and data messages.
+    V2,
+    /// The migration region, which the server makes and serves. The device does not describe it.
+    V1(V1Section),
+}
+
+/// The data section of a migration region (interface v1). Each [`Saver::read`] is offered a buffer of
+/// its size and gives one transaction; each [`Loader::write`] is given what the client wrote as one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct V1Section {
+    /// Its size in bytes, 1 to 1 GiB. A transaction is never larger.
+    pub size: u64,
+    /// What of it a client may map.
+    pub mapping: V1Mapping,
+    /// The device takes a transaction only as its source gave it, never in several rounds (V1-WHOLE):
+    /// a source whose section is larger is refused before anything starts.
+    pub whole_transactions: bool,
+}
+
+/// What of a data section a client may map. Without a mapped part the section begins right behind the
+/// fields, otherwise at a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum V1Mapping {
+    /// Nothing.
+    Trapped,
+    /// All whole pages of it; what is left of the last one is trapped.
+    Mapped,
+    /// These `(offset, length)` in bytes from the section's start, in any order: multiples of 4096,
+    /// inside the section and apart from each other.
+    Sparse(Vec<(u64, u64)>),
 }
 
 /// One region.

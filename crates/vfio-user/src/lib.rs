@@ -16,8 +16,9 @@ pub use client::{
     Client, ClientOptions, DmaHandler, DmaWriteLog, RegionDetails, VfioUserDevice, VfioUserDirtySource,
 };
 pub use device::{
-    Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationSupport, PciIds,
-    RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver,
+    Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationInterface,
+    MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver, V1Mapping,
+    V1Section,
 };
 pub use dma::{Dma, DmaAccess, DmaError, DmaGuard};
 pub use done::{Completion, Done};

@@ -34,8 +34,8 @@ pub use options::{FailArc, SoftDeviceError, SoftDeviceOptions};
 use airlift_core::{Arc as StateArc, DeviceState, Errno, MigrationFlags, StateFormat};
 use airlift_memory::{Access, SharedMemory};
 use airlift_vfio_user::{
-    Attachment, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader, MigrationSupport,
-    PciIds, RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver,
+    Attachment, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader, MigrationInterface,
+    MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver,
 };
 use arcs::Job;
 use crossbeam_channel::Sender;
@@ -230,11 +230,17 @@ impl Device for SoftDevice {
                 class: 0xff_0000,
                 revision: 1,
             }),
-            migration: Some(MigrationSupport { flags, dma_logging: options.dma_logging, reinit: false }),
+            migration: Some(MigrationSupport {
+                interface: MigrationInterface::V2,
+                flags,
+                dma_logging: options.dma_logging,
+                reinit: false,
+            }),
             format: StateFormat {
                 name: "airlift-softdevice".into(),
                 version: format::VERSION,
                 accepts: vec![format::VERSION],
+                interfaces: Vec::new(),
             },
         }
     }

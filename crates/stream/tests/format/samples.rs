@@ -19,7 +19,12 @@ pub(crate) fn offer() -> Offer {
     let device = |id: &str, flags| DeviceOffer {
         id: DeviceId::new(id).unwrap(),
         identity: DeviceIdentity {
-            format: Some(StateFormat { name: "soft".into(), version: 3, accepts: vec![2, 3] }),
+            format: Some(StateFormat {
+                name: "soft".into(),
+                version: 3,
+                accepts: vec![2, 3],
+                interfaces: vec![],
+            }),
             facts: [("pci-vendor".into(), "0x1af4".into())].into(),
         },
         capabilities: Capabilities::v2(flags).unwrap(),

@@ -200,7 +200,7 @@ fn state_format(client: &Client) -> Result<StateFormat, DeviceError> {
     let name = rest.get(..usize::from(head.name)).ok_or_else(|| wrong("the name is missing"))?;
     let name = str::from_utf8(name).map_err(|_| wrong("the name is no text"))?;
     let accepts = versions.as_chunks::<4>().0.iter().map(|v| u32::from_ne_bytes(*v)).collect();
-    Ok(StateFormat { name: name.into(), version: head.version, accepts })
+    Ok(StateFormat { name: name.into(), version: head.version, accepts, interfaces: Vec::new() })
 }
 
 /// What must be equal on the other side: regions, interrupts and PCI ids.

@@ -12,7 +12,7 @@ pub use structs::{
     DeviceInfo, DeviceInfoFlags, DmaData, DmaMap, DmaMapFlags, DmaUnmap, DmaUnmapFlags, FeatureFlags,
     FeatureHeader, IrqInfo, IrqInfoFlags, IrqSet, IrqSetFlags, LoggingControl, LoggingRange, LoggingReport,
     MigData, MigState, PrecopyInfoReply, RegionAccess, RegionCap, RegionInfo, RegionInfoFlags, RegionIoFds,
-    RegionWriteMulti, SocketReply, SparseArea, StateFormatHeader, feature,
+    RegionTypeCap, RegionWriteMulti, SocketReply, SparseArea, StateFormatFlags, StateFormatHeader, feature,
 };
 pub use version::{DEFAULT_MAX_DATA_XFER_SIZE, VersionCaps, VersionError, VersionMessage};
 

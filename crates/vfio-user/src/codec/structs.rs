@@ -80,6 +80,19 @@ wire! {
         /// Not used.
         reserved: u32,
     }
+    /// The TYPE capability of a region, number 2.
+    RegionTypeCap {
+        /// 2.
+        id: u16,
+        /// Its version, 1.
+        version: u16,
+        /// Where the next one stands, from the start of the region info; 0: none.
+        next: u32,
+        /// The type; 3 is migration.
+        kind: u32,
+        /// The subtype; of migration 1 is the region of interface v1.
+        subtype: u32,
+    }
     /// One area of a region that can be mapped.
     SparseArea {
         /// Where it begins in the region, in bytes.
@@ -212,7 +225,8 @@ wire! {
         version: u32,
         /// How many versions it reads; they follow, 4 bytes each.
         accepts: u16,
-        /// Bytes of the name, which stands last.
+        /// Bytes of the name, which stands behind the versions. [`StateFormatFlags`] follow it, 4 bytes; an older
+        /// server leaves them out.
         name: u16,
     }
     /// Data of the feature MIGRATION_SOCKET of Airlift; a descriptor comes with the reply.
@@ -316,6 +330,16 @@ bitflags::bitflags! {
         const DATA = 7;
         /// All actions.
         const ACTION = 56;
+    }
+    /// Flags behind the name in the feature STATE_FORMAT of Airlift.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct StateFormatFlags: u32 {
+        /// The device also reads data of interface v1 in this format.
+        const READS_V1 = 1;
+        /// The device also reads data of interface v2 in this format.
+        const READS_V2 = 2;
+        /// The device takes a transaction of interface v1 only in one round (V1-WHOLE).
+        const WHOLE_TRANSACTIONS = 4;
     }
     /// Flags of DEVICE_FEATURE, above the index.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,7 +20,7 @@ const HEAD: usize = size_of::<FeatureHeader>();
 impl Worker {
     /// What may be done with a feature; `None` when it is not there.
     fn supported(&self, index: u16, role: Role) -> Option<FeatureFlags> {
-        let migration = self.description.migration.filter(|_| self.caps.is_some())?;
+        let migration = self.description.migration.as_ref().filter(|_| self.caps.is_some())?;
         let extensions = self.options.extensions;
         let precopy = self.caps.is_some_and(|caps| caps.precopy());
         let (get, set) = (FeatureFlags::GET, FeatureFlags::SET);

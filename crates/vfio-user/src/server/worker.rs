@@ -65,7 +65,7 @@ impl Worker {
         jobs: Sender<Job>,
     ) -> Self {
         let description = device.describe();
-        let caps = description.migration.and_then(|m| match Capabilities::v2(m.flags.bits()) {
+        let caps = description.migration.as_ref().and_then(|m| match Capabilities::v2(m.flags.bits()) {
             Ok(caps) => Some(Capabilities { reinit: m.reinit, ..caps }),
             Err(error) => {
                 tracing::error!(%error, "the device is served without migration");

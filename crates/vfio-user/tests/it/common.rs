@@ -4,8 +4,8 @@
 use airlift_core::{Arc as StateArc, DeviceId, DeviceState, Errno, MigrationFlags, PrecopyInfo, StateFormat};
 use airlift_vfio_user::{
     Attachment, Client, ClientOptions, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader,
-    MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionMapping, Saver, Server, ServerHandle,
-    ServerOptions, VfioUserDevice,
+    MigrationInterface, MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionMapping, Saver,
+    Server, ServerHandle, ServerOptions, VfioUserDevice,
 };
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -127,8 +127,13 @@ impl Device for TestDevice {
                 class: 0x02_80_00,
                 revision: 3,
             }),
-            migration: Some(MigrationSupport { flags: self.flags, dma_logging: true, reinit: true }),
-            format: StateFormat { name: "test".into(), version: 3, accepts: vec![2, 3] },
+            migration: Some(MigrationSupport {
+                interface: MigrationInterface::V2,
+                flags: self.flags,
+                dma_logging: true,
+                reinit: true,
+            }),
+            format: StateFormat { name: "test".into(), version: 3, accepts: vec![2, 3], interfaces: vec![] },
         }
     }
 
