@@ -146,7 +146,7 @@ pub fn arcs(caps: &Capabilities) -> Vec<Arc> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 pub enum PathError {
-    /// The device is in ERROR, which only a reset leaves (V2-ERROR).
+    /// The device is in ERROR, which only a reset leaves (V2-ERROR, V1-READBACK).
     #[error("the device is in ERROR, which only a reset leaves")]
     FromError,
     /// ERROR cannot be asked for (V2-ERROR).

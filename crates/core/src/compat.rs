@@ -4,7 +4,7 @@
 //! nobody declares, firmware that no fact names) is found by the destination's device when it
 //! validates its state.
 
-use crate::plan::without_p2p;
+use crate::plan::{V1_LACKS_P2P, without_p2p};
 use crate::{Capabilities, DeviceId, DeviceIdentity, Interface, MemoryLayout, MemoryRegion, StateFormat};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -187,9 +187,11 @@ pub fn compare(source: &Offer, destination: &Offer) -> CompatReport {
     let ours: BTreeMap<_, _> = source.devices.iter().map(|d| (&d.id, d)).collect();
     let theirs: BTreeMap<_, _> = destination.devices.iter().map(|d| (&d.id, d)).collect();
     let ids: BTreeSet<_> = ours.keys().chain(theirs.keys()).copied().collect();
+    // No piece of a device's stream is larger than a frame.
+    let piece = u64::from(source.limits.frame_payload.min(destination.limits.frame_payload));
     for id in ids {
         match (ours.get(id), theirs.get(id)) {
-            (Some(a), Some(b)) => compare_devices(a, b, &mut report),
+            (Some(a), Some(b)) => compare_devices(a, b, piece, &mut report),
             (Some(_), None) => report.add(
                 Finding::refusal(Some(id), "device")
                     .values("present", "")
@@ -317,12 +319,17 @@ fn compare_peer_dma(source: &Offer, destination: &Offer, report: &mut CompatRepo
     all.sort_unstable();
     all.dedup();
     let refused = lacking.iter().zip(declared).any(|(ids, declared)| !ids.is_empty() && !declared);
+    let v1 = [source, destination]
+        .iter()
+        .flat_map(|offer| &offer.devices)
+        .any(|d| d.capabilities.interface == Interface::V1 && all.contains(&d.id.as_str()));
     let finding = if refused {
         Finding::refusal(None, "peer-dma")
             .message(format!(
-                "several devices, and {} {} no P2P states: writes between devices could be lost",
+                "several devices, and {} {} no P2P states{}: writes between devices could be lost",
                 all.join(", "),
                 if all.len() == 1 { "has" } else { "have" },
+                if v1 { V1_LACKS_P2P } else { "" },
             ))
             .advise("if the devices do not write to each other, say so with --assume-no-peer-dma")
     } else {
@@ -346,8 +353,10 @@ fn compare_features(source: &Offer, destination: &Offer, report: &mut CompatRepo
     }
 }
 
-fn compare_devices(a: &DeviceOffer, b: &DeviceOffer, report: &mut CompatReport) {
-    compare_capabilities(&a.id, &a.capabilities, &b.capabilities, report);
+fn compare_devices(a: &DeviceOffer, b: &DeviceOffer, piece: u64, report: &mut CompatReport) {
+    compare_interfaces(a, b, report);
+    compare_capabilities(a, b, report);
+    compare_transactions(a, b, piece, report);
     compare_formats(&a.id, a.identity.format.as_ref(), b.identity.format.as_ref(), report);
     let names: BTreeSet<_> = a.identity.facts.keys().chain(b.identity.facts.keys()).collect();
     for name in names {
@@ -396,18 +405,34 @@ impl Weight {
     }
 }
 
-fn compare_capabilities(id: &DeviceId, a: &Capabilities, b: &Capabilities, report: &mut CompatReport) {
-    if a.interface != b.interface {
-        let name = |interface| match interface {
-            Interface::V1 => "v1",
-            Interface::V2 => "v2",
-        };
-        report.add(
-            Finding::refusal(Some(id), "interface")
-                .values(name(a.interface), name(b.interface))
-                .message("the devices speak different migration interfaces, whose data differs"),
-        );
+/// Data of one interface means nothing over the other, unless the destination's device itself says that it
+/// reads it in a format that both have (V1-MIX).
+fn compare_interfaces(a: &DeviceOffer, b: &DeviceOffer, report: &mut CompatReport) {
+    let (ours, theirs) = (a.capabilities.interface, b.capabilities.interface);
+    if ours == theirs {
+        return;
     }
+    let (mut same, format) = (CompatReport::default(), |d: &DeviceOffer| d.identity.format.clone());
+    compare_formats(&a.id, format(a).as_ref(), format(b).as_ref(), &mut same);
+    let reads = format(b).is_some_and(|format| format.interfaces.contains(&ours)) && same.is_compatible();
+    let finding = if reads {
+        Finding::info(Some(&a.id), "interface").message(format!(
+            "the devices speak different migration interfaces; the destination's device declares that it reads data of {ours} in this format"
+        ))
+    } else {
+        Finding::refusal(Some(&a.id), "interface")
+            .message(format!(
+                "the source's device speaks migration interface {ours} and the destination's {theirs}, whose data differs"
+            ))
+            .advise(format!(
+                "give the destination a device of interface {ours}, or one whose state format declares that it reads data of {ours}"
+            ))
+    };
+    report.add(finding.values(ours.to_string(), theirs.to_string()));
+}
+
+fn compare_capabilities(a: &DeviceOffer, b: &DeviceOffer, report: &mut CompatReport) {
+    let (id, a, b) = (&a.id, &a.capabilities, &b.capabilities);
     let shown = |has| if has { "yes" } else { "" };
     if a.precopy() != b.precopy() {
         let message = if a.precopy() {
@@ -428,27 +453,30 @@ fn compare_capabilities(id: &DeviceId, a: &Capabilities, b: &Capabilities, repor
                 .message("only one side has the P2P states"),
         );
     }
-    compare_transactions(id, a, b, report);
 }
 
-/// V1-CHUNK: a transaction that the source's device produces must be taken whole.
-fn compare_transactions(id: &DeviceId, a: &Capabilities, b: &Capabilities, report: &mut CompatReport) {
-    let Some(taken) = b.largest_transaction else { return };
-    let (severity, message) = match a.largest_transaction {
-        Some(produced) if produced <= taken => return,
-        Some(_) => (Severity::Refusal, "the source's transactions can be larger than the destination takes"),
-        None if a.interface == Interface::V1 => {
-            (Severity::Info, "the source does not say how large its transactions are: one may be too large")
-        }
+/// A destination's device that takes a transaction only as a whole must have room for the largest one
+/// that the source can give (V1-WHOLE). `piece`: bytes of the largest piece of a stream that may be cut
+/// anywhere; over v1 each is a transaction of its own (V1-MIX).
+fn compare_transactions(a: &DeviceOffer, b: &DeviceOffer, piece: u64, report: &mut CompatReport) {
+    let Some(taken) = b.capabilities.largest_transaction else { return };
+    let produced = match (a.capabilities.interface, b.capabilities.interface) {
+        (Interface::V1, _) => a.capabilities.data_section,
+        (Interface::V2, Interface::V1) => Some(piece),
         // A v2 stream may be cut anywhere.
-        None => return,
+        (Interface::V2, Interface::V2) => return,
     };
-    let produced = a.largest_transaction.map_or_else(String::new, |bytes| bytes.to_string());
-    report.add(
-        Finding::new(severity, Some(id), "capabilities.largest-transaction")
-            .values(produced, taken.to_string())
-            .message(message),
-    );
+    let finding = |severity| Finding::new(severity, Some(&a.id), "capabilities.largest-transaction");
+    report.add(match produced {
+        Some(produced) if produced <= taken => return,
+        Some(produced) => finding(Severity::Refusal)
+            .values(produced.to_string(), taken.to_string())
+            .message("the destination's device takes a transaction only as a whole, and the source can give one that is larger than its data section")
+            .advise(format!("give the destination's device a data section of {produced} bytes or more")),
+        None => finding(Severity::Info)
+            .values("", taken.to_string())
+            .message("the source does not say how large its transactions are: one may be too large for the destination's device"),
+    });
 }
 
 fn compare_formats(

@@ -9,7 +9,7 @@
 //! [`Rollback`](crate::Rollback) says how to go back. Nothing here knows which devices really write
 //! to each other: that is declared with [`PeerDma`].
 
-use crate::{Capabilities, DeviceId, DeviceState, path};
+use crate::{Capabilities, DeviceId, DeviceState, Interface, path};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -120,10 +120,17 @@ pub struct Unfit {
 #[serde(rename_all = "kebab-case")]
 pub enum PlanRefusal {
     /// Several devices, and these cannot be made quiescent towards their peers (V2-P2P-BARRIER).
-    #[error("several devices are to be stopped in order, and {} no P2P states", have(lacking))]
+    #[error(
+        "several devices are to be stopped in order, and {} no P2P states{}; if the devices do not write to each other, say so with --assume-no-peer-dma",
+        have(lacking),
+        if *v1 { V1_LACKS_P2P } else { "" }
+    )]
     PeerDma {
         /// The devices without P2P.
         lacking: Vec<DeviceId>,
+        /// Some of them speak interface v1, which has none (V1-ARCS).
+        #[serde(default)]
+        v1: bool,
     },
     /// These devices are in a state from which the plan cannot begin.
     #[error("{}", unfit(devices))]
@@ -132,6 +139,9 @@ pub enum PlanRefusal {
         devices: Vec<Unfit>,
     },
 }
+
+/// Why nothing that is done to such a device helps (V1-ARCS).
+pub(crate) const V1_LACKS_P2P: &str = " (migration interface v1 knows none)";
 
 fn have(devices: &[DeviceId]) -> String {
     let names: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
@@ -303,7 +313,10 @@ fn check_peers(devices: &[PlanDevice], peer_dma: PeerDma) -> Result<bool, PlanRe
     match peer_dma {
         _ if lacking.is_empty() => Ok(false),
         PeerDma::AssumeNone => Ok(true),
-        PeerDma::Possible => Err(PlanRefusal::PeerDma { lacking }),
+        PeerDma::Possible => {
+            let is_v1 = |d: &PlanDevice| d.capabilities.interface == Interface::V1 && lacking.contains(&d.id);
+            Err(PlanRefusal::PeerDma { v1: devices.iter().any(is_v1), lacking })
+        }
     }
 }
 

@@ -43,6 +43,10 @@ pub enum Recovery {
     },
 }
 
+/// What is left to do with a device that only a reset gets going.
+const ADVICE: &str =
+    "let the guest let go of the device, reset it, and give it to the guest anew, or restart the guest";
+
 /// Where a device belongs after a failed migration.
 const fn home(ran_before: bool) -> DeviceState {
     if ran_before { DeviceState::Running } else { DeviceState::Stop }
@@ -51,7 +55,7 @@ const fn home(ran_before: bool) -> DeviceState {
 /// What brings a device back that was found in `reached`: to RUNNING if it ran before the migration,
 /// else to STOP.
 ///
-/// ERROR (V2-ERROR), a state that is unknown or that the device lacks, RESUMING (V2-ABORT-LOAD) and
+/// ERROR (V2-ERROR, V1-READBACK), a state that is unknown or that the device lacks, RESUMING (V2-ABORT-LOAD) and
 /// a state that could not be read need a reset. A device that is lost or does not answer in time is
 /// not reset either: the reset would wait as well.
 #[must_use]
@@ -74,9 +78,11 @@ pub fn recover(
         Err(error) => format!("its state cannot be read ({error})"),
     };
     match policy {
-        ResetPolicy::Never => {
-            Recovery::Quarantine { reason: format!("{trouble}; a reset is not allowed by policy") }
-        }
+        ResetPolicy::Never => Recovery::Quarantine {
+            reason: format!(
+                "{trouble}; a reset destroys what the guest has in it, and is not allowed by policy: {ADVICE}"
+            ),
+        },
         ResetPolicy::Allowed => match path(DeviceState::Running, home(ran_before), caps) {
             Ok(then) => Recovery::Reset { then },
             Err(error) => Recovery::Quarantine { reason: format!("{trouble}; {error}") },

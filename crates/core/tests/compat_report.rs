@@ -191,24 +191,91 @@ fn a_format_that_one_side_declares_is_not_guessed_at() {
     assert_eq!(found(&compare(&source, &destination)), [(Some("gpu"), "format", Severity::Refusal)]);
 }
 
+fn v1(name: &str, section: u64, whole: bool) -> DeviceOffer {
+    DeviceOffer { capabilities: Capabilities::v1(section, whole), ..device(name, 7) }
+}
+
+fn alone(one: DeviceOffer) -> Offer {
+    offer(vec![one])
+}
+
+// V1-WHOLE
 #[test]
-fn v1_chunk_transactions_must_fit() {
-    let sized = |interface, largest| {
-        let mut offer = offer(vec![device("a", 5)]);
-        offer.devices[0].capabilities.interface = interface;
-        offer.devices[0].capabilities.largest_transaction = largest;
-        offer
+fn a_device_that_takes_whole_transactions_must_have_room_for_the_sources() {
+    let result = |a, b| compare(&alone(a), &alone(b));
+    for (ours, theirs) in [(4096, 4096), (4096, 8192)] {
+        assert!(result(v1("a", ours, true), v1("a", theirs, true)).findings.is_empty());
+    }
+    let refused = result(v1("a", 8192, false), v1("a", 4096, true));
+    assert_eq!(found(&refused), [(Some("a"), "capabilities.largest-transaction", Severity::Refusal)]);
+    let finding = &refused.findings[0];
+    assert_eq!((finding.source.as_str(), finding.destination.as_str()), ("8192", "4096"));
+    assert!(finding.advice.as_ref().unwrap().contains("8192 bytes"), "{finding}");
+    // Without that requirement a section of any size will do: rounds are made.
+    assert!(result(v1("a", 1 << 40, true), v1("a", 1, false)).findings.is_empty());
+    // A peer that does not say is a note.
+    let mut silent = v1("a", 8192, false);
+    silent.capabilities.data_section = None;
+    let noted = result(silent, v1("a", 4096, true));
+    assert_eq!(found(&noted), [(Some("a"), "capabilities.largest-transaction", Severity::Info)]);
+}
+
+// V1-MIX
+#[test]
+fn another_interface_is_refused_by_name_unless_the_destinations_device_reads_it() {
+    let reading = |mut d: DeviceOffer, interface| {
+        d.identity.format.as_mut().unwrap().interfaces = vec![interface];
+        d
     };
-    let result = |a, b| {
-        compare(&sized(Interface::V1, a), &sized(Interface::V1, b)).findings.first().map(|f| f.severity)
+    for (a, b, names) in [
+        (v1("a", 4096, false), device("a", 5), ["v1", "v2"]),
+        (device("a", 5), v1("a", 4096, false), ["v2", "v1"]),
+    ] {
+        let report = compare(&alone(a.clone()), &alone(b.clone()));
+        assert_eq!(found(&report), [(Some("a"), "interface", Severity::Refusal)]);
+        let finding = &report.findings[0];
+        assert_eq!([finding.source.as_str(), finding.destination.as_str()], names);
+        assert!(finding.advice.as_ref().unwrap().contains(names[0]), "{finding}");
+        // What the destination's device reads counts, and only that.
+        let of = a.capabilities.interface;
+        let report = compare(&alone(a.clone()), &alone(reading(b.clone(), of)));
+        assert_eq!(found(&report), [(Some("a"), "interface", Severity::Info)]);
+        let report = compare(&alone(reading(a.clone(), of)), &alone(b.clone()));
+        assert!(!report.is_compatible());
+        let mut other = reading(b, of);
+        other.identity.format.as_mut().unwrap().accepts = vec![7];
+        let report = compare(&alone(a), &alone(other));
+        let expected =
+            [(Some("a"), "interface", Severity::Refusal), (Some("a"), "format.version", Severity::Refusal)];
+        assert_eq!(found(&report), expected);
+    }
+}
+
+// V1-MIX, V1-WHOLE
+#[test]
+fn pieces_of_a_v2_stream_must_fit_a_device_that_takes_them_only_whole() {
+    let severity = |section| {
+        let mut there = v1("a", section, true);
+        there.identity.format.as_mut().unwrap().interfaces = vec![Interface::V2];
+        let report = compare(&alone(device("a", 5)), &alone(there));
+        report.refusals().next().map(|f| f.field.clone())
     };
-    assert_eq!(result(Some(4096), Some(4096)), None);
-    assert_eq!(result(Some(4096), Some(8192)), None);
-    assert_eq!(result(Some(8192), None), None);
-    assert_eq!(result(Some(8192), Some(4096)), Some(Severity::Refusal));
-    assert_eq!(result(None, Some(4096)), Some(Severity::Info));
-    let v2 = compare(&sized(Interface::V2, None), &sized(Interface::V2, Some(4096)));
-    assert!(v2.findings.is_empty(), "a v2 stream may be cut anywhere");
+    // No piece is larger than a frame.
+    assert_eq!(severity(1 << 20), None);
+    assert_eq!(severity((1 << 20) - 1).as_deref(), Some("capabilities.largest-transaction"));
+}
+
+// V1-ARCS
+#[test]
+fn a_refusal_for_peer_dma_says_that_v1_has_no_p2p() {
+    let pair = offer(vec![v1("old", 4096, false), device("new", 7)]);
+    let report = compare(&pair, &pair);
+    let text = report.refusals().next().unwrap().to_string();
+    assert!(text.contains("old has no P2P states (migration interface v1 knows none)"), "{text}");
+    assert!(text.contains("--assume-no-peer-dma"), "{text}");
+    let text =
+        compare(&offer(vec![device("a", 5), device("b", 5)]), &pair).refusals().next().unwrap().to_string();
+    assert!(text.contains("v1 knows none"), "also when only the destination's devices are: {text}");
 }
 
 #[test]
@@ -244,6 +311,17 @@ fn reports_and_offers_survive_json() {
     assert!(json.contains(r#""severity":"refusal""#), "{json}");
     let json = serde_json::to_string(&source).unwrap();
     assert_eq!(serde_json::from_str::<Offer>(&json).unwrap(), source);
+    assert!(
+        !json.contains("data_section") && !json.contains("interfaces"),
+        "older peers know neither: {json}"
+    );
+    let old = offer(vec![v1("a", 8192, true)]);
+    let mut json: serde_json::Value = serde_json::to_value(&old).unwrap();
+    assert_eq!(serde_json::from_value::<Offer>(json.clone()).unwrap(), old);
+    json["devices"][0]["capabilities"].as_object_mut().unwrap().remove("data_section").unwrap();
+    let read = serde_json::from_value::<Offer>(json).unwrap();
+    assert_eq!(read.devices[0].capabilities.data_section, None);
+    assert_eq!(read.devices[0].capabilities.largest_transaction, Some(8192));
 }
 
 fn any_device(name: &'static str) -> impl Strategy<Value = DeviceOffer> {

@@ -93,16 +93,32 @@ fn stages_of_a_mixed_set_under_the_declaration() {
 fn several_devices_without_p2p_are_refused_by_name() {
     let devices = [device("a", 7, Running), device("b", 5, Running), device("c", 1, Running)];
     let lacking = vec![devices[1].id.clone(), devices[2].id.clone()];
-    let refusal = PlanRefusal::PeerDma { lacking };
+    let refusal = PlanRefusal::PeerDma { lacking, v1: false };
     assert_eq!(QuiescePlan::new(&devices, PeerDma::Possible), Err(refusal.clone()));
     assert_eq!(PausePlan::new(&devices, PeerDma::Possible), Err(refusal.clone()));
     let stopped = devices.clone().map(|d| PlanDevice { state: Stop, ..d });
     assert_eq!(RunPlan::new(&stopped, PeerDma::Possible), Err(refusal.clone()));
     assert!(refusal.to_string().contains("b, c have no P2P"), "{refusal}");
+    assert!(refusal.to_string().contains("--assume-no-peer-dma"), "{refusal}");
     // A device alone has no peers.
     let alone = QuiescePlan::new(&devices[2..], PeerDma::Possible).unwrap();
     assert_eq!(steps(&alone.stages()[0]), [("c", StopCopy)]);
     assert!(!alone.peer_dma_assumed_away());
+}
+
+// V1-ARCS
+#[test]
+fn several_devices_of_v1_are_refused_and_the_text_says_that_v1_has_no_p2p() {
+    let v1 = |id| PlanDevice { capabilities: Capabilities::v1(4096, false), ..device(id, 7, Running) };
+    let devices = [device("a", 7, Running), v1("old")];
+    let refusal = QuiescePlan::new(&devices, PeerDma::Possible).unwrap_err();
+    let text = refusal.to_string();
+    assert!(text.contains("old has no P2P states (migration interface v1 knows none)"), "{text}");
+    // Declared, the device of v2 still goes through its P2P state, and v1 stops with one write.
+    let plan = QuiescePlan::new(&devices, PeerDma::AssumeNone).unwrap();
+    assert_eq!(steps(&plan.stages()[0]), [("a", RunningP2p)]);
+    assert_eq!(steps(&plan.stages()[1]), [("a", StopCopy), ("old", StopCopy)]);
+    assert!(plan.peer_dma_assumed_away());
 }
 
 #[test]

@@ -63,12 +63,18 @@ pub struct MigrationSupport {
 pub enum MigrationInterface {
     /// The state machine: features and data messages.
     V2,
-    /// The migration region, which the server makes and serves. The device does not describe it.
+    /// The migration region, which the server makes and serves: under the first free index from 9 on.
+    /// The device neither describes it nor sees accesses to it. Arcs that a client asks for in one write
+    /// come one by one, in the order of V1-ORDER; when one fails in between, the server walks the
+    /// device back to RUNNING or STOP, where it was there before, and otherwise takes it to be in ERROR
+    /// (V1-READBACK). [`MigrationSupport::reinit`] has no place in this interface.
     V1(V1Section),
 }
 
 /// The data section of a migration region (interface v1). Each [`Saver::read`] is offered a buffer of
 /// its size and gives one transaction; each [`Loader::write`] is given what the client wrote as one.
+/// A section that cannot be (and flags that the interface does not have) makes the server say so and
+/// serve the device without migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct V1Section {
     /// Its size in bytes, 1 to 1 GiB. A transaction is never larger.
@@ -80,16 +86,17 @@ pub struct V1Section {
     pub whole_transactions: bool,
 }
 
-/// What of a data section a client may map. Without a mapped part the section begins right behind the
-/// fields, otherwise at a page.
+/// What of a data section a client may map. Where a part can be mapped the section begins at offset 4096
+/// of the region; otherwise right behind the fields, at 32, which is also so when
+/// [`Mapped`](Self::Mapped) finds no whole page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum V1Mapping {
     /// Nothing.
     Trapped,
     /// All whole pages of it; what is left of the last one is trapped.
     Mapped,
-    /// These `(offset, length)` in bytes from the section's start, in any order: multiples of 4096,
-    /// inside the section and apart from each other.
+    /// These `(offset, length)` in bytes from the section's start, in any order: multiples of 4096 above
+    /// 0, inside the section and apart from each other; at most 4096 of them.
     Sparse(Vec<(u64, u64)>),
 }
 
@@ -239,20 +246,24 @@ pub trait Saver: Send {
     /// Bytes that pre-copy still has.
     fn precopy_info(&mut self) -> PrecopyInfo;
 
-    /// Estimate of the bytes that STOP_COPY would give, from now.
+    /// Estimate of the bytes that STOP_COPY would give, from now. Over interface v1 this and
+    /// [`precopy_info`](Self::precopy_info) are told beside what was read last, as `pending_bytes`.
     fn stop_copy_size(&mut self) -> u64;
 
     /// Reads the next bytes. 0: in PRE_COPY states nothing now, in STOP_COPY the end. The server
-    /// calls again until its buffer is full or 0 is returned.
+    /// calls again until its buffer is full or 0 is returned. Over interface v1 it does not: what one
+    /// call gives is one transaction, whose size the other side keeps (V1-CHUNK).
     ///
     /// # Errors
-    /// The error number that the client gets.
+    /// The error number that the client gets. Over interface v1 the session is over with it: the client
+    /// gets nothing else until it leaves the state (V1-LOOP-ERROR).
     fn read(&mut self, buf: &mut [u8]) -> Result<usize, Errno>;
 }
 
 /// Writes a device's state for a client.
 pub trait Loader: Send {
-    /// Takes all of `data`.
+    /// Takes all of `data`. Over interface v1 that is one round: a transaction, or a part of one that is
+    /// larger than the section (V1-ROUNDS).
     ///
     /// # Errors
     /// The error number that the client gets; further writes are refused.

@@ -14,6 +14,7 @@ pub mod transport;
 
 pub use client::{
     Client, ClientOptions, DmaHandler, DmaWriteLog, RegionDetails, VfioUserDevice, VfioUserDirtySource,
+    VfioUserRegion,
 };
 pub use device::{
     Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationInterface,

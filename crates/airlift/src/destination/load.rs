@@ -5,7 +5,7 @@ use super::reset::Standing;
 use super::resuming::Received;
 use super::session::Session;
 use crate::interrupts;
-use crate::machine::PendingInterrupt;
+use crate::machine::{PendingInterrupt, RecordOwner};
 use crate::set::{LoadedSet, LoadingSet};
 use airlift_core::{Errno, Failure, PeerDma, Phase, Side};
 use std::time::Duration;
@@ -48,7 +48,7 @@ pub(super) fn run(session: &mut Session, set: LoadingSet, received: Received) ->
     if !session.enter(Phase::Load) {
         return Err(Standing::Loading(set));
     }
-    tracing::debug!(name: "vfio_load_state", devices = set.ids().len());
+    tracing::debug!(devices = set.ids().len(), "everything has come; the devices take it in");
     if received.external_memory && !external_memory(session) {
         return Err(Standing::Loading(set));
     }
@@ -65,7 +65,9 @@ pub(super) fn run(session: &mut Session, set: LoadingSet, received: Received) ->
             }
             continue;
         }
-        tracing::trace!(name: "vfio_load_device_config_state", record = %record.name);
+        if let RecordOwner::Device(device) = &record.owner {
+            tracing::debug!(name: "vfio_load_device_config_state", device = %device, data_size = record.data.len());
+        }
         if let Err(error) = session.machine.load_record(record) {
             session.fail_machine(Phase::Load, &error);
             return Err(Standing::Loading(set));
@@ -76,7 +78,6 @@ pub(super) fn run(session: &mut Session, set: LoadingSet, received: Received) ->
     match set.finish(session.options.deadlines.stop_copy) {
         Ok(set) => {
             session.figures.load = session.now().since(configured);
-            tracing::debug!(name: "vfio_load_cleanup", "loading has ended");
             let holding = Holding { set, pending, peer_dma: received.peer_dma };
             session.announce(Phase::Loaded);
             session.advance(Phase::Loaded);

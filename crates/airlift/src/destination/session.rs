@@ -190,7 +190,7 @@ impl Session {
     pub(super) fn announce(&mut self, phase: Phase) {
         self.control.gauges.set_phase(phase);
         let at_ms = self.recorder.at_ms(self.now());
-        tracing::info!(name: "vfio_migration_state_notifier", state = %phase);
+        tracing::info!(name: "vfio_migration_state_notifier", side = "destination", state = %phase);
         self.recorder.emit(&Event::Phase { side: Side::Destination, phase, at_ms });
     }
 

@@ -6,9 +6,11 @@
 use super::held::{Idle, Loading};
 use super::recorder::Recorder;
 use super::sink::{SetEvent, StreamFault};
+use super::trace;
 use crate::control::Gauges;
 use crate::wire::PooledBuf;
-use airlift_core::{DeviceError, DeviceErrorKind, TransitionError};
+use airlift_core::{DeviceError, DeviceErrorKind, Interface, TransitionError};
+use airlift_stream::record::Tag;
 use airlift_stream::{FrameHeader, RecordDecoder, RecordError, RecordEvent, RecordLimits};
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
@@ -81,10 +83,14 @@ impl Incoming {
 
     fn write(&mut self, frame: &InFrame) -> Result<(), StreamFault> {
         let device = self.index;
+        let v1 = self.loading.device.capabilities().interface == Interface::V1;
         let mut written = 0;
         let mut generation = None;
         let mut records = self.decoder.frame(&frame.header, &frame.payload)?;
         while let Some(event) = records.next_event()? {
+            if let Some(tag) = tag(&event) {
+                trace::load_state(self.loading.device.id(), tag);
+            }
             match event {
                 RecordEvent::Setup | RecordEvent::ConfigLoadReady => {}
                 RecordEvent::Data { total } => self.loading.session.begin_chunk(total)?,
@@ -101,7 +107,9 @@ impl Incoming {
                 RecordEvent::End => self.ended = true,
             }
         }
-        tracing::trace!(name: "vfio_load_state_device_data", device = %self.loading.device.id(), data_size = written);
+        if !v1 && written > 0 {
+            trace::load_data(self.loading.device.id(), written);
+        }
         if let Some(gauge) = self.gauges.devices.get(usize::try_from(device).unwrap_or(usize::MAX)) {
             gauge.bytes.fetch_add(written, Ordering::Relaxed);
         }
@@ -123,14 +131,30 @@ impl Incoming {
                 "end of loading",
                 "the device's stream has not ended",
             );
-            return (self.loading.abandon(), Err(StreamFault::Device(error)));
+            return (self.abandon(), Err(StreamFault::Device(error)));
         }
         let (idle, result) = self.loading.finish(recorder);
+        trace::load_cleanup(idle.device.id());
         (idle, result.map_err(|error| StreamFault::Transition(Box::new(error))))
     }
 
     /// Ends the session; the device must be reset.
     pub(super) fn abandon(self) -> Idle {
-        self.loading.abandon()
+        let idle = self.loading.abandon();
+        trace::load_cleanup(idle.device.id());
+        idle
+    }
+}
+
+/// The tag with which a record begins, at its beginning.
+const fn tag(event: &RecordEvent<'_>) -> Option<Tag> {
+    match event {
+        RecordEvent::Setup => Some(Tag::Setup),
+        RecordEvent::Data { .. } => Some(Tag::Data),
+        RecordEvent::InitDataSent { .. } => Some(Tag::InitDataSent),
+        RecordEvent::ConfigLoadReady => Some(Tag::ConfigLoadReady),
+        RecordEvent::Config(_) => Some(Tag::Config),
+        RecordEvent::End => Some(Tag::End),
+        RecordEvent::Bytes(_) | RecordEvent::DataEnd => None,
     }
 }

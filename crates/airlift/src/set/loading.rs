@@ -5,7 +5,7 @@ use super::members::Members;
 use super::sink::{SetEvent, StreamFault};
 use super::worker::{Held, Post, Worker, misuse};
 use super::{DeviceSet, FailedSet, SetError};
-use airlift_core::{DeviceError, DeviceErrorKind, DeviceId, DeviceState, PeerDma, RunPlan};
+use airlift_core::{DeviceId, DeviceState, PeerDma, RunPlan};
 use airlift_stream::FrameHeader;
 use crossbeam_channel::{Receiver, Sender};
 use std::fmt;
@@ -60,16 +60,14 @@ impl Post {
         }
     }
 
-    /// Towards RUNNING. A device that has left STOP by itself was reset: what was loaded is gone (V2-STALE).
+    /// Towards RUNNING.
     fn run_on(&mut self, target: DeviceState) -> Result<(), StreamFault> {
-        match self.state()? {
-            DeviceState::Stop | DeviceState::RunningP2p => self.walk(target),
-            state => Err(StreamFault::Device(DeviceError::new(
-                DeviceErrorKind::Lost,
-                "SET MIG_DEVICE_STATE",
-                format!("the device is in {state}: it was reset after it had been loaded"),
-            ))),
-        }
+        let Held::Idle(idle) = &mut self.held else {
+            return Err(StreamFault::Device(misuse("the device is not loaded")));
+        };
+        idle.run(target, &self.recorder).map_err(|error| StreamFault::Transition(Box::new(error)))?;
+        self.note(target);
+        Ok(())
     }
 
     fn finish_loading(&mut self) -> Result<(), StreamFault> {

@@ -61,28 +61,26 @@ impl SetError {
                 failure.message = fault.to_string();
                 failure.advice = advice(&fault, side).map(str::to_owned);
             }
-            Self::Plan(PlanRefusal::PeerDma { .. }) => {
-                failure.advice = Some(
-                    "declare with --assume-no-peer-dma that the devices do not write to each other, if that is so"
-                        .into(),
-                );
-            }
-            Self::Plan(PlanRefusal::Unfit { .. }) | Self::Spawn(_) | Self::Twice(_) => {}
+            // What can be done is in the text.
+            Self::Plan(_) | Self::Spawn(_) | Self::Twice(_) => {}
         }
         failure
     }
 }
 
 fn advice(fault: &StreamFault, side: Side) -> Option<&'static str> {
-    let error = match fault {
-        StreamFault::Device(error) => error,
-        StreamFault::Transition(error) => &error.error,
+    let (error, reached) = match fault {
+        StreamFault::Device(error) => (error, None),
+        StreamFault::Transition(error) => (&error.error, error.reached.as_ref().ok()),
         StreamFault::Closed(_) | StreamFault::Stream(_) => return None,
     };
     match (&error.kind, side) {
-        (DeviceErrorKind::Lost, _) => {
-            Some("look at the log of the device's server: it ended, or closed the connection")
-        }
+        (_, Side::Source) if reached == Some(&DeviceState::Error) => Some(
+            "only a reset gets the device going again, and it destroys what the guest has in it: let the guest let go of it first, or restart the guest",
+        ),
+        (DeviceErrorKind::Lost, _) => Some(
+            "look at the log of the device's server or driver: it ended, closed the connection, or the device was reset",
+        ),
         (DeviceErrorKind::TimedOut, _) => {
             Some("the device did not answer in time; a longer deadline can be set if it is only slow")
         }

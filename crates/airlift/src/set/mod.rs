@@ -17,6 +17,7 @@ mod recorder;
 mod save;
 mod saving;
 mod sink;
+mod trace;
 mod worker;
 
 pub use load::InFrame;

@@ -1,5 +1,6 @@
 //! The record of every arc, with its time, and the way of events to the observer.
 
+use super::trace;
 use crate::clock::Environment;
 use crate::event::{Event, Transition};
 use airlift_core::{DeviceId, DeviceState, Side, Timestamp};
@@ -58,7 +59,7 @@ impl Recorder {
     /// An arc that began at `begun` has ended, in `to`.
     pub(crate) fn arc(&self, device: &DeviceId, from: DeviceState, to: DeviceState, begun: Timestamp) {
         let took = self.now().since(begun);
-        tracing::debug!(name: "vfio_migration_set_state", device = %device, from = %from, state = %to, took_us = took.as_micros());
+        trace::set_state(device, from, to, took);
         let transition =
             Transition { side: self.side, from, to, at_ms: self.at_ms(begun), took_ms: ms(took) };
         self.emit(&Event::Transition { device: device.clone(), transition: transition.clone() });

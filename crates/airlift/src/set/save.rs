@@ -3,19 +3,25 @@
 //! In pre-copy the worker goes on by itself, one step at a time between the calls it gets; after the
 //! stop one call drains the device to its end. No data is copied between the device's read and the
 //! sink: the device reads into the frame.
+//!
+//! A transaction of a v1 device is one DATA record over as many frames as it needs (V1-CHUNK). In the
+//! middle of one no other record is written, and the device's state is not changed (V1-OUTSTANDING).
 
 use super::held::{Idle, Saving};
 use super::recorder::Recorder;
 use super::sink::{ChunkSink, SinkClosed, StreamFault};
+use super::trace;
 use super::worker::Step;
 use crate::control::DeviceGauges;
 use airlift_core::{
-    DeviceError, DeviceErrorKind, DeviceState, Piece, PrecopyInfo, Timestamp, TransitionError,
+    Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceState, Interface, MigrationDevice, Piece,
+    PrecopyInfo, Timestamp,
 };
+use airlift_stream::record::Place;
 use airlift_stream::{FrameBuf, RecordEncoder, StreamTotals};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Read at once while the guest runs: its own accesses to the device wait behind a read.
 const PRECOPY_READ: usize = 256 << 10;
@@ -54,6 +60,8 @@ pub struct SaveStatus {
     pub sent_generation: u32,
     /// The device had nothing at the last look.
     pub drained: bool,
+    /// A transaction was begun in PRE_COPY and not sent to its end.
+    pub mid_transaction: bool,
 }
 
 impl SaveStatus {
@@ -88,11 +96,16 @@ enum Stopped {
 /// One device's stream on its way out.
 pub(super) struct SaveStream {
     index: u32,
+    device: DeviceId,
+    /// The device gives transactions, not a stream that may be cut anywhere.
+    transactions: bool,
     sink: Arc<dyn ChunkSink>,
     encoder: RecordEncoder,
     // Taken from the sink and not used yet: its room stays taken.
     spare: Option<FrameBuf>,
     streaming: bool,
+    /// No further transaction is begun in PRE_COPY.
+    settling: bool,
     /// How far STOP_COPY is.
     stopped: Stopped,
     reinit_pending: bool,
@@ -110,16 +123,20 @@ pub(super) struct Outgoing {
 impl SaveStream {
     pub(super) fn new(
         index: u32,
+        device: &dyn MigrationDevice,
         sink: Arc<dyn ChunkSink>,
         status: Arc<Mutex<SaveStatus>>,
         gauges: Arc<crate::control::Gauges>,
     ) -> Self {
         Self {
             index,
+            device: device.id().clone(),
+            transactions: device.capabilities().interface == Interface::V1,
             sink,
             encoder: RecordEncoder::new(index),
             spare: None,
             streaming: false,
+            settling: false,
             stopped: Stopped::No,
             reinit_pending: false,
             looked: Timestamp::default(),
@@ -163,6 +180,58 @@ impl SaveStream {
         let mut buffer = self.buffer_surely()?;
         self.encoder.setup(&mut buffer)?;
         Ok(self.sink.send(self.index, buffer)?)
+    }
+
+    /// Sends what the device has given into `buffer`.
+    fn send(&mut self, mut buffer: FrameBuf, len: usize, chunk: Chunk) -> Result<(), StreamFault> {
+        self.encoder.data(&mut buffer, len, chunk)?;
+        self.sink.send(self.index, buffer)?;
+        if chunk == Chunk::Stream {
+            trace::save_buffer(&self.device, len);
+        }
+        Ok(())
+    }
+
+    /// A transaction was begun and not sent to its end.
+    fn is_mid_transaction(&self) -> bool {
+        self.encoder.place() == Place::Data
+    }
+
+    /// The device has nothing more, which it may not say in the middle of a transaction (V1-CHUNK).
+    fn check_whole(&self) -> Result<(), StreamFault> {
+        if !self.is_mid_transaction() {
+            return Ok(());
+        }
+        let message = "the device has nothing more in the middle of a transaction (V1-CHUNK)";
+        Err(StreamFault::Device(DeviceError::new(
+            DeviceErrorKind::Protocol,
+            "read of a transaction",
+            message,
+        )))
+    }
+
+    /// A piece of `len` bytes was sent in PRE_COPY. Between two looks at the device the counts are
+    /// carried on.
+    fn count_precopy(&self, len: u64) {
+        let mid_transaction = self.is_mid_transaction();
+        let mut left = [0; 2];
+        self.update(|status| {
+            status.precopy_bytes += len;
+            status.drained = false;
+            status.mid_transaction = mid_transaction;
+            let initial = status.initial_left.unwrap_or(0);
+            status.initial_left = status.initial_left.map(|left| left.saturating_sub(len));
+            let rest = len.saturating_sub(initial);
+            status.dirty_left = status.dirty_left.map(|left| left.saturating_sub(rest));
+            left = [status.initial_left, status.dirty_left].map(Option::unwrap_or_default);
+        });
+        trace::save_iterate(&self.device, len, left[0], left[1]);
+    }
+}
+
+impl Drop for SaveStream {
+    fn drop(&mut self) {
+        trace::save_cleanup(&self.device);
     }
 }
 
@@ -224,46 +293,70 @@ impl Outgoing {
                 }
             });
         }
-        if !self.stream.streaming {
+        let settled = self.stream.settling && self.stream.transactions && !self.stream.is_mid_transaction();
+        if !self.stream.streaming || settled {
             return Ok(Step::Parked);
         }
-        let Some(mut buffer) = self.stream.buffer(ROOM_WAIT)? else {
+        let Some(buffer) = self.stream.buffer(ROOM_WAIT)? else {
             return Ok(Step::Again);
         };
+        if self.read_running(buffer)? {
+            // A device that always has something is looked at too: its initial data may be complete.
+            let due = now.since(self.stream.looked) >= LOOK_EVERY;
+            if due && !self.stream.is_mid_transaction() {
+                self.look(now, false)?;
+            }
+            return Ok(Step::Again);
+        }
+        let info = self.look(now, true)?;
+        // What v1 says is pending may come to nothing (V1-HOLLOW): it is not asked again at once.
+        let more = info.is_some_and(|i| i.initial_bytes > 0 || i.dirty_bytes > 0);
+        Ok(if more && !self.stream.transactions { Step::Again } else { Step::Wait(DRAINED_WAIT) })
+    }
+
+    /// Reads the next piece in PRE_COPY and sends it. `false`: the device has nothing now.
+    fn read_running(&mut self, mut buffer: FrameBuf) -> Result<bool, StreamFault> {
         buffer.clear();
         let limit = PRECOPY_READ.min(buffer.capacity());
         match self.saving.session.read(&mut buffer.payload_mut()[..limit])? {
             Piece::Data { len, chunk } => {
-                self.stream.encoder.data(&mut buffer, len, chunk)?;
-                self.stream.sink.send(self.stream.index, buffer)?;
-                tracing::trace!(name: "vfio_save_buffer", device = %self.saving.device.id(), data_size = len);
-                self.stream.update(|status| {
-                    let len = len as u64;
-                    status.precopy_bytes += len;
-                    status.drained = false;
-                    // Between two looks at the device the counts are carried on.
-                    let initial = status.initial_left.unwrap_or(0);
-                    status.initial_left = status.initial_left.map(|left| left.saturating_sub(len));
-                    let rest = len.saturating_sub(initial);
-                    status.dirty_left = status.dirty_left.map(|left| left.saturating_sub(rest));
-                });
-                // A device that always has something is looked at too: its initial data may be complete.
-                if now.since(self.stream.looked) >= LOOK_EVERY {
-                    self.look(now, false)?;
-                }
-                Ok(Step::Again)
+                self.stream.send(buffer, len, chunk)?;
+                self.stream.count_precopy(len as u64);
+                Ok(true)
             }
             // A server that ends pre-copy early has nothing now; the end belongs to STOP_COPY.
             Piece::Drained | Piece::End => {
                 self.stream.spare = Some(buffer);
-                let info = self.look(now, true)?;
-                let more = info.is_some_and(|i| i.initial_bytes > 0 || i.dirty_bytes > 0);
-                Ok(if more { Step::Again } else { Step::Wait(DRAINED_WAIT) })
+                self.stream.check_whole()?;
+                Ok(false)
             }
         }
     }
 
-    /// Asks the device what it has left, and closes a generation of initial data that is complete.
+    /// Begins no further transaction; the one that is under way goes on to its end.
+    pub(super) const fn settle(&mut self) {
+        self.stream.settling = true;
+    }
+
+    /// Reads and sends what is left of the transaction that is under way, within `patience`: the state
+    /// must not be changed before (V1-OUTSTANDING).
+    fn finish_transaction(&mut self, patience: Duration) -> Result<(), StreamFault> {
+        let until = Instant::now() + patience;
+        while self.stream.is_mid_transaction() {
+            if Instant::now() >= until {
+                let message = format!("the other side took no more of a transaction within {patience:?}");
+                let kind = DeviceErrorKind::TimedOut;
+                return Err(StreamFault::Device(DeviceError::new(kind, "end of a transaction", message)));
+            }
+            if let Some(buffer) = self.stream.buffer(DRAIN_WAIT)? {
+                self.read_running(buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the device what it has left, and closes a generation of initial data that is complete. Never
+    /// in the middle of a transaction, where no record may be written.
     fn look(&mut self, now: Timestamp, drained: bool) -> Result<Option<PrecopyInfo>, StreamFault> {
         self.stream.looked = now;
         let info = self.saving.session.precopy_info()?;
@@ -278,8 +371,7 @@ impl Outgoing {
             status.stop_copy_size = size;
             status.drained = drained;
         });
-        tracing::trace!(name: "vfio_state_pending_exact", device = %self.saving.device.id(),
-            stopcopy_size = size, precopy_init_size = info.map(|i| i.initial_bytes), precopy_dirty_size = info.map(|i| i.dirty_bytes));
+        trace::pending_exact(&self.stream.device, info, size);
         let status = *self.stream.status.lock().unwrap_or_else(PoisonError::into_inner);
         // A device that cannot say has given its initial data when it has nothing for the first time.
         let complete = info.map_or(drained, |i| i.initial_bytes == 0);
@@ -293,11 +385,16 @@ impl Outgoing {
         Ok(info)
     }
 
-    /// To the P2P state of PRE_COPY; streaming ends. Gives what pre-copy still has, read once more:
-    /// a REINIT can have come late.
-    pub(super) fn quiesce_p2p(&mut self, recorder: &Recorder) -> Result<(), TransitionError> {
+    /// To the P2P state of PRE_COPY; streaming ends, with the transaction that is under way. That may take
+    /// `patience`.
+    pub(super) fn quiesce_p2p(&mut self, recorder: &Recorder, patience: Duration) -> Result<(), StreamFault> {
+        self.finish_transaction(patience)?;
         self.stream.streaming = false;
-        self.saving.walk(DeviceState::PreCopyP2p, recorder)
+        self.walk(DeviceState::PreCopyP2p, recorder)
+    }
+
+    fn walk(&mut self, to: DeviceState, recorder: &Recorder) -> Result<(), StreamFault> {
+        self.saving.walk(to, recorder).map_err(|error| StreamFault::Transition(Box::new(error)))
     }
 
     /// What pre-copy has, now that nothing streams; `true` when new initial data was announced.
@@ -307,13 +404,12 @@ impl Outgoing {
     }
 
     /// To STOP_COPY, from where the worker reads on by itself. `true` when new initial data was announced, and
-    /// no step through P2P has said so.
-    pub(super) fn stop(&mut self, recorder: &Recorder) -> Result<bool, StreamFault> {
+    /// no step through P2P has said so. `patience` as for [`quiesce_p2p`](Self::quiesce_p2p).
+    pub(super) fn stop(&mut self, recorder: &Recorder, patience: Duration) -> Result<bool, StreamFault> {
+        self.finish_transaction(patience)?;
         let asked = !std::mem::take(&mut self.stream.streaming);
         let late = !asked && self.late_reinit()?;
-        self.saving
-            .walk(DeviceState::StopCopy, recorder)
-            .map_err(|error| StreamFault::Transition(Box::new(error)))?;
+        self.walk(DeviceState::StopCopy, recorder)?;
         self.stream.stopped = Stopped::Reading;
         Ok(late)
     }
@@ -324,13 +420,13 @@ impl Outgoing {
         buffer.clear();
         match self.saving.session.read(buffer.payload_mut())? {
             Piece::Data { len, chunk } => {
-                self.stream.encoder.data(&mut buffer, len, chunk)?;
-                self.stream.sink.send(self.stream.index, buffer)?;
+                self.stream.send(buffer, len, chunk)?;
                 self.stream.update(|status| status.stop_copy_bytes += len as u64);
                 Ok(())
             }
             Piece::End => {
                 self.stream.spare = Some(buffer);
+                self.stream.check_whole()?;
                 self.stream.stopped = Stopped::Ended;
                 Ok(())
             }
@@ -358,11 +454,15 @@ impl Outgoing {
         }
         let mut buffer = self.stream.buffer_surely()?;
         match config {
-            Some(config) => self.stream.encoder.config(&mut buffer, config)?,
+            Some(config) => {
+                self.stream.encoder.config(&mut buffer, config)?;
+                trace::save_config(&self.stream.device, config.len());
+            }
             None => self.stream.encoder.end(&mut buffer)?,
         }
         self.stream.sink.send(self.stream.index, buffer)?;
-        tracing::debug!(name: "vfio_save_complete_precopy", device = %self.saving.device.id());
+        let status = *self.stream.status.lock().unwrap_or_else(PoisonError::into_inner);
+        trace::save_complete(&self.stream.device, (status.precopy_bytes, status.stop_copy_bytes));
         Ok(*self.stream.encoder.totals())
     }
 

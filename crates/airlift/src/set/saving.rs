@@ -4,10 +4,11 @@ use super::members::{Members, SetError};
 use super::save::{Outgoing, SaveStatus, SaveStream};
 use super::sink::{ChunkSink, SetEvent, StreamFault};
 use super::worker::{Answer, Held, Post, misuse};
-use super::{DeviceSet, FailedSet, RolledBack, reports, roll_back};
+use super::{DeviceSet, FailedSet, RolledBack, reports, roll_back, trace};
 use crate::report::DeviceReport;
 use airlift_core::{
-    DeviceError, DeviceErrorKind, DeviceId, DeviceState, PeerDma, QuiescePlan, ResetPolicy, StageKind,
+    DeviceError, DeviceErrorKind, DeviceId, DeviceState, Interface, PeerDma, QuiescePlan, ResetPolicy,
+    StageKind,
 };
 use airlift_stream::StreamTotals;
 use crossbeam_channel::{Receiver, Select, TryRecvError};
@@ -61,9 +62,11 @@ impl Post {
         precopy: bool,
     ) -> Result<(), StreamFault> {
         self.begin();
-        let stream = SaveStream::new(self.index, sink, Arc::clone(&self.status), gauges);
-        let running = self.state()? == DeviceState::Running;
-        if !(precopy && running) {
+        let (index, status) = (self.index, Arc::clone(&self.status));
+        let stream = SaveStream::new(index, self.device()?, sink, status, gauges);
+        let precopy = precopy && self.state()? == DeviceState::Running;
+        trace::save_setup(self.device()?.id(), precopy);
+        if !precopy {
             let size = self.device()?.stop_copy_size()?;
             self.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner).stop_copy_size = size;
             self.waiting = Some(stream);
@@ -86,12 +89,21 @@ impl Post {
         }
     }
 
-    /// To the P2P state; `true` when the device has announced new initial data too late.
-    fn quiesce_p2p(&mut self, target: DeviceState) -> Result<bool, StreamFault> {
+    /// Begins no further transaction.
+    fn settle(&mut self) -> Result<(), StreamFault> {
+        if let Held::Saving(outgoing) = &mut self.held {
+            outgoing.settle();
+        }
+        Ok(())
+    }
+
+    /// To the P2P state; `true` when the device has announced new initial data too late. A transaction that
+    /// is under way may take `patience`.
+    fn quiesce_p2p(&mut self, target: DeviceState, patience: Duration) -> Result<bool, StreamFault> {
         let recorder = self.recorder.clone();
         let late = match &mut self.held {
             Held::Saving(outgoing) => {
-                outgoing.quiesce_p2p(&recorder).map_err(|error| StreamFault::Transition(Box::new(error)))?;
+                outgoing.quiesce_p2p(&recorder, patience)?;
                 outgoing.late_reinit()?
             }
             _ => {
@@ -104,11 +116,11 @@ impl Post {
     }
 
     /// To STOP_COPY; `true` as for [`quiesce_p2p`](Self::quiesce_p2p), where there was no such step.
-    fn stop(&mut self) -> Result<bool, StreamFault> {
+    fn stop(&mut self, patience: Duration) -> Result<bool, StreamFault> {
         let recorder = self.recorder.clone();
         self.held = match std::mem::replace(&mut self.held, Held::Gone) {
             Held::Saving(mut outgoing) => {
-                let result = outgoing.stop(&recorder);
+                let result = outgoing.stop(&recorder, patience);
                 self.held = Held::Saving(outgoing);
                 let late = result?;
                 self.note(DeviceState::StopCopy);
@@ -184,9 +196,31 @@ impl SavingSet {
         self.members.events.clone()
     }
 
+    /// Lets no device begin another transaction, so that [`quiesce`](Self::quiesce) need not wait for the
+    /// end of one while the guest is paused (V1-OUTSTANDING). Those under way go on:
+    /// [`is_settled`](Self::is_settled) says when they have ended. Devices of interface v2 have none and
+    /// stream on.
+    ///
+    /// # Errors
+    /// When a device does not answer within `deadline`.
+    pub fn settle(&mut self, deadline: Duration) -> Result<(), SetError> {
+        let mut which = self.members.present();
+        which.retain(|&index| self.members.capabilities(index).interface == Interface::V1);
+        let answers = self.members.ask(&which, deadline, |_| Post::settle);
+        self.members.all_ok(answers).map(drop)
+    }
+
+    /// No device is in the middle of a transaction. Stays so after [`settle`](Self::settle).
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        (0..self.members.len()).all(|index| !self.members.save_status(index).mid_transaction)
+    }
+
     /// Stops all devices: all to P2P, a barrier, then all to STOP_COPY (I14). The vCPUs must have
     /// been paused and access to devices closed. From here on workers send what the stopped devices have to
     /// the sink; [`StoppedSet::drain`] waits for the end of it.
+    ///
+    /// A transaction that is under way is read and sent to its end first, within half of `deadline`.
     ///
     /// Gives the stopped set and the devices that announced new initial data too late
     /// (V2-REINIT): their switchover may be slower than estimated.
@@ -210,10 +244,12 @@ impl SavingSet {
         if how.skip_p2p {
             plan = plan.skip_p2p();
         }
+        // The other half of the time is the arc's.
+        let patience = deadline / 2;
         let late = self.members.stages(plan.stages(), deadline, |kind, target| {
             move |post: &mut Post| match kind {
-                StageKind::PeerQuiet => post.quiesce_p2p(target),
-                StageKind::Stop | StageKind::Run | StageKind::Reset => post.stop(),
+                StageKind::PeerQuiet => post.quiesce_p2p(target, patience),
+                StageKind::Stop | StageKind::Run | StageKind::Reset => post.stop(patience),
             }
         })?;
         // A device that was in STOP_COPY already has no stage and no session: it was not ours.

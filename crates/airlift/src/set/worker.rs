@@ -10,6 +10,7 @@ use super::load::{InFrame, Incoming};
 use super::recorder::Recorder;
 use super::save::{Outgoing, SaveStatus, SaveStream};
 use super::sink::{SetEvent, StreamFault};
+use super::trace;
 use crate::control::Gauges;
 use crate::spawn::{Role, SpawnError};
 use airlift_core::{
@@ -155,6 +156,7 @@ impl Worker {
         let (jobs, inbox) = unbounded::<Job>();
         let (frames, arriving) = unbounded::<InFrame>();
         let recorder = recorder.of_worker();
+        trace::probe(device.id(), &device.capabilities());
         let status = Arc::new(Mutex::new(SaveStatus::default()));
         let worker = Self {
             id: device.id().clone(),

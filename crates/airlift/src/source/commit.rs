@@ -59,7 +59,7 @@ fn finish(session: &mut Session, set: DrainedSet) -> Standing {
     if let Some(mut tracking) = session.undo.tracking.take() {
         tracking.stop(&mut *session.machine);
     }
-    tracing::info!(name: "vfio_save_cleanup", "saving has ended");
+    tracing::info!("saving has ended");
     let now = session.now();
     // An answer to the machine's own order is never out of order.
     let _ = session.protocol.handle(SourceInput::SourceStopped, now);

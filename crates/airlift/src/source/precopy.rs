@@ -35,6 +35,9 @@ const STALL_ROUNDS: u32 = 5;
 /// stop.
 const NOTHING_COMES: Duration = Duration::from_millis(500);
 
+/// How long to wait for the end of transactions before the devices are looked at again.
+const GLANCE: Duration = Duration::from_millis(1);
+
 /// How often the round trip is measured.
 const PING_EVERY: Duration = Duration::from_secs(1);
 
@@ -43,7 +46,7 @@ const FIXED: Duration = Duration::from_millis(1);
 
 pub(super) fn run(
     session: &mut Session,
-    set: SavingSet,
+    mut set: SavingSet,
     moving: Moving,
 ) -> Result<(SavingSet, Moving), Standing> {
     if !session.enter(Phase::Precopy) {
@@ -116,9 +119,43 @@ pub(super) fn run(
         round += 1;
     }
     session.figures.rounds = round + 1;
+    if !settle(session, &mut set) {
+        return Err(Standing::Saving(set));
+    }
     note_what_is_not_known(session, &set, &known, &moving);
     tracing::info!(rounds = session.figures.rounds, "pre-copy has ended");
     Ok((set, moving))
+}
+
+/// Waits until no device is in the middle of a transaction, while the guest still runs: the state of such
+/// a device must not be changed (V1-OUTSTANDING). What is left of them is in the estimate. `false`: the
+/// migration has failed.
+fn settle(session: &mut Session, set: &mut SavingSet) -> bool {
+    if let Err(error) = set.settle(session.options.deadlines.quiesce) {
+        session.fail_set(Phase::Precopy, error);
+        return false;
+    }
+    let patience = session.options.deadlines.stop_copy;
+    let until = session.now().after(patience);
+    let events = set.events();
+    while !set.is_settled() {
+        match session.wait::<()>(Some(&events), None, GLANCE) {
+            Wake::Set(event) => fail_on(session, set, *event),
+            Wake::Message(message) => session.unexpected(&message),
+            Wake::Other(_) | Wake::Time => {}
+            Wake::Ordered => return false,
+        }
+        if !session.fallen() && session.now() >= until {
+            let message =
+                format!("the destination took no more of a device's transaction within {patience:?}");
+            session
+                .fail(Failure::new(Side::Source, Phase::Precopy, message).with_errno(Some(Errno::ETIMEDOUT)));
+        }
+        if session.fallen() {
+            return false;
+        }
+    }
+    true
 }
 
 /// What is known of a stop before it is made.

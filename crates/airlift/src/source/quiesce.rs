@@ -14,7 +14,6 @@ pub(super) fn run(
     if !session.enter(Phase::Quiesce) {
         return Err(Standing::Saving(set));
     }
-    tracing::info!(name: "vfio_vmstate_change_prepare", running = false);
     let begun = session.now();
     session.figures.paused = Some(begun);
     session.undo.paused_at = Some(begun);
@@ -40,7 +39,7 @@ pub(super) fn run(
                 session.figures.notes.push(note);
             }
             session.figures.quiesce = session.now().since(paused);
-            tracing::info!(name: "vfio_vmstate_change", running = false);
+            tracing::info!("the guest is stopped");
             Ok((set, moving))
         }
         Err(failed) => {

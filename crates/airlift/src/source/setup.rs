@@ -41,7 +41,7 @@ pub(super) fn run(
     if session.fallen() {
         return Err(Standing::Idle(set));
     }
-    tracing::info!(name: "vfio_save_setup", devices = session.ids.len());
+    tracing::info!(devices = session.ids.len(), "saving begins");
     let sink: Arc<dyn ChunkSink> = Arc::clone(&moving.sink) as _;
     match set.start_saving(&sink, session.options.deadlines.setup) {
         Ok(set) => Ok((set, moving)),

@@ -1,12 +1,16 @@
 //! Fakes of everything that a session is given: a machine that notes how it is called, a device
 //! without hardware, a journal in memory, and connections within the process.
 #![allow(clippy::unwrap_used, reason = "a test fails where it must")]
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+pub(crate) mod sides;
+pub(crate) mod v1;
 
 use airlift::core::commit::{Journal, JournalError, Record};
 use airlift::core::{
     Capabilities, Chunk, DeviceError, DeviceId, DeviceIdentity, DeviceState, Gpa, GpaRange, Interrupter,
     Iova, IovaMap, IovaMapping, LoadSession, MemoryLayout, MemoryRegion, MigrationDevice, Piece, PrecopyInfo,
-    SaveSession, Session, TransitionError,
+    SaveSession, Session, StateFormat, TransitionError,
 };
 use airlift::link::{Acceptor, Connector, LinkError, Stream};
 use airlift::{Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt};
@@ -48,6 +52,16 @@ impl FakeDevice {
 
     pub(crate) fn state_now(&self) -> DeviceState {
         *self.state.lock().unwrap()
+    }
+
+    /// Declares the format of its state.
+    pub(crate) fn format(&mut self, format: StateFormat) {
+        self.identity.format = Some(format);
+    }
+
+    /// What a reset by somebody else leaves.
+    pub(crate) fn reset_by_itself(&self) {
+        *self.state.lock().unwrap() = DeviceState::Running;
     }
 }
 

@@ -114,7 +114,7 @@ mod tests {
         );
         assert_eq!(all[6], DeviceState::Error);
         for raw in [5, 7] {
-            assert_eq!(all[raw], DeviceState::Unknown(0x100 | raw as u32));
+            assert_eq!(all[raw], DeviceState::Unknown(0x100 | u32::try_from(raw).unwrap()));
             assert_eq!(DeviceState::from_raw(all[raw].to_raw()), all[raw]);
         }
         for raw in 0..8 {

@@ -91,6 +91,8 @@ impl<R: RegionAccess> Port<R> {
             let message = format!("interface v1 has no state {to}");
             return Err(DeviceError::new(DeviceErrorKind::Misuse, operation, message));
         };
+        // Whatever becomes of the write: what was pending before is not the end afterwards (V1-PENDING).
+        self.save.again();
         self.write_state(raw, wanted)?;
         // What is found now was asked for: not a device that moved by itself.
         self.state = to;
@@ -99,15 +101,25 @@ impl<R: RegionAccess> Port<R> {
             return Ok(raw);
         }
         let message = format!("the write of {to} was accepted, and the device is in {}", self.state);
-        Err(DeviceError::new(DeviceErrorKind::Protocol, operation, message))
+        let error = DeviceError::new(DeviceErrorKind::Protocol, operation, message);
+        // Whatever it would go on with there is not the session that it had.
+        self.failed = Some(error.clone());
+        Err(error)
     }
 
     /// What forbids to leave `from` for `to` now.
     fn refuse(&self, from: DeviceState, to: DeviceState) -> Result<(), DeviceError> {
         let misuse =
             |message: &str| Err(DeviceError::new(DeviceErrorKind::Misuse, "write of device_state", message));
-        if from.is_saving() && to.is_saving() && self.save.is_outstanding() {
-            return misuse("a chunk was begun and not read to its end (V1-OUTSTANDING)");
+        if from.is_saving() && to.is_saving() {
+            // Nothing comes of a session that has failed, and the device may still hold a chunk for it.
+            if let Some(error) = &self.failed {
+                let message = format!("only RUNNING and a reset leave {from} now, because saving has failed: {error}");
+                return Err(DeviceError { operation: "write of device_state".into(), message, ..error.clone() });
+            }
+            if self.save.is_outstanding() {
+                return misuse("a chunk was begun and not read to its end (V1-OUTSTANDING)");
+            }
         }
         if from != DeviceState::Resuming {
             return Ok(());
@@ -125,6 +137,7 @@ impl<R: RegionAccess> Port<R> {
 
     fn set_state(&mut self, target: DeviceState, capabilities: &Capabilities) -> Made {
         let unknown = DeviceState::Unknown(u32::MAX);
+        let before = self.state;
         let mut raw = self.read_state().map_err(|error| TransitionError {
             from: unknown,
             to: target,
@@ -133,6 +146,16 @@ impl<R: RegionAccess> Port<R> {
         })?;
         let from = self.state;
         let stay = |error| TransitionError { from, to: target, reached: Ok(from), error };
+        // Whoever asks does not know yet that the session is lost, and from here the way may look as if
+        // nothing had happened (V1-RESET).
+        if let Some(error) = self.failed.as_ref().filter(|_| from != before) {
+            return Err(stay(error.clone()));
+        }
+        if before == DeviceState::Stop && from != before {
+            let message =
+                format!("the device went from STOP to {from} by itself: what was loaded into it is lost");
+            return Err(stay(DeviceError::new(DeviceErrorKind::Lost, "write of device_state", message)));
+        }
         let arcs = path(from, target, capabilities).map_err(|error| {
             let errno = Some(error.errno());
             let kind = DeviceErrorKind::Misuse;

@@ -24,9 +24,28 @@ mod load;
 mod save;
 mod session;
 
+use crate::RegionArea;
+
 pub use device::{V1Control, V1Device};
 pub use load::{LoadLoop, LoadStep};
 pub use save::{SaveLoop, SaveStep, V1Fault};
+
+/// The migration region of a device, for whoever wants to show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationRegion {
+    /// Its number.
+    pub index: u32,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What of it is mapped here, in no order.
+    pub mapped: Vec<RegionArea>,
+    /// Why a part that could be mapped is not (V1-MMAP).
+    pub unmapped: Option<String>,
+    /// Bytes that its data section has at the most.
+    pub data_section: u64,
+    /// The device takes a transaction only in one round (V1-WHOLE).
+    pub whole_transactions: bool,
+}
 
 /// Type and subtype of the region, in its TYPE capability.
 pub const REGION_TYPE: (u32, u32) = (3, 1);

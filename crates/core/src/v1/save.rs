@@ -228,10 +228,11 @@ impl SaveLoop {
         Ok(())
     }
 
-    /// Begins the next iteration behind an empty one, in pre-copy: the device was left alone for a
-    /// while.
+    /// Begins the next iteration with `pending_bytes`: behind an empty one in pre-copy, when the device
+    /// was left alone for a while, and when the state was changed. What was pending before says nothing
+    /// then: 0 in pre-copy is not the end in stop-and-copy. A chunk that is being read goes on.
     pub const fn again(&mut self) {
-        if matches!(self.place, Place::Empty) {
+        if self.may_look() {
             self.hollow = 0;
             self.place = Place::Begin;
         }
@@ -302,6 +303,21 @@ mod tests {
         assert!(at_data(0x1000, 0x20, 0xfe0).is_ok());
         let mut save = at_data(0x1000, 0x20, 4).unwrap();
         assert_eq!(save.copied(5), Err(V1Fault::OutOfTurn));
+    }
+
+    // V1-PENDING, V1-OUTSTANDING
+    #[test]
+    fn what_was_pending_before_a_change_of_the_state_is_read_anew() {
+        for pending in [0, 9] {
+            let mut save = SaveLoop::new(0x1000);
+            save.pending(pending).unwrap();
+            assert_ne!(save.next(), SaveStep::ReadPending);
+            save.again();
+            assert_eq!(save.next(), SaveStep::ReadPending, "{pending}");
+        }
+        let mut save = at_data(0x1000, 0x20, 4).unwrap();
+        save.again();
+        assert_eq!(save.next(), SaveStep::Copy { offset: 0x20, length: 4, at: 0, of: 4 });
     }
 
     // V1-HOLLOW

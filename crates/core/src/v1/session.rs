@@ -25,6 +25,8 @@ pub(super) struct Port<R> {
     epoch: u64,
     pub(super) save: SaveLoop,
     load: LoadLoop,
+    /// Where the round that is being written begins.
+    round: u64,
     ended: bool,
     /// Why the session cannot go on.
     pub(super) failed: Option<DeviceError>,
@@ -51,6 +53,7 @@ impl<R: RegionAccess> SharedPort<R> {
             epoch: 0,
             save: SaveLoop::new(size),
             load: LoadLoop::new(size, whole),
+            round: 0,
             ended: false,
             failed: None,
         })))
@@ -102,6 +105,9 @@ impl<R: RegionAccess> Port<R> {
             self.load = LoadLoop::new(self.region.size(), self.whole);
             self.ended = false;
             self.failed = None;
+        } else {
+            // What was pending in the state before is neither the end nor the amount in this one.
+            self.save.again();
         }
         self.state = state;
         self.epoch
@@ -124,12 +130,22 @@ impl<R: RegionAccess> Port<R> {
         Ok(())
     }
 
-    /// Any error ends a session: what was read or written has a hole (V1-LOOP-ERROR).
+    /// Any error ends a session: what was read or written has a hole (V1-LOOP-ERROR). A device that was
+    /// reset meanwhile refuses because of that, and then that is the error.
     fn keep<T>(&mut self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
-        if let Err(error) = &result {
-            self.failed.get_or_insert_with(|| error.clone());
+        let Err(mut error) = result else { return result };
+        let answered = matches!(error.kind, DeviceErrorKind::Refused | DeviceErrorKind::Protocol);
+        if answered && self.failed.is_none() && self.read_state().is_ok() {
+            match &self.failed {
+                Some(_) if self.state == DeviceState::Error => error.message.push_str("; it is in ERROR now"),
+                Some(lost) => {
+                    error = DeviceError { message: format!("{}; {error}", lost.message), ..lost.clone() }
+                }
+                None => {}
+            }
         }
-        result
+        self.failed = Some(error.clone());
+        Err(error)
     }
 
     fn read_pending(&mut self) -> Result<u64, DeviceError> {
@@ -204,6 +220,7 @@ impl<R: RegionAccess> Port<R> {
                     }
                     let offset = self.read_offset()?;
                     self.load.data_offset(offset).map_err(|fault| fault.of("read of data_offset"))?;
+                    self.round = offset;
                 }
                 LoadStep::Write { offset, length } => {
                     if data.is_empty() {
@@ -218,6 +235,7 @@ impl<R: RegionAccess> Port<R> {
                 }
                 LoadStep::WriteDataSize { size } => {
                     let operation = "write of data_size";
+                    tracing::trace!(name: "vfio_load_state_device_data", device = %self.id, data_offset = self.round, data_size = size);
                     write_u64(&mut self.region, DATA_SIZE, size).map_err(about(operation))?;
                     self.load.taken().map_err(|fault| fault.of(operation))?;
                 }
@@ -253,7 +271,7 @@ impl<R: RegionAccess> SaveSession for Save<R> {
             port.keep(read)?;
         }
         let pending = port.save.estimate();
-        tracing::trace!(name: "vfio_save_pending", device = %port.id, precopy = pending);
+        tracing::trace!(name: "vfio_save_pending", device = %port.id, precopy = pending, postcopy = 0_u64, compatible = 0_u64);
         // The interface knows no initial data.
         Ok(Some(PrecopyInfo { initial_bytes: 0, dirty_bytes: pending, reinit: false }))
     }

@@ -2,7 +2,7 @@
 
 use crate::samples::{self, SESSION};
 use airlift_core::commit::{CommitMessage, SessionId};
-use airlift_core::{DeviceState, Errno, Failure, Phase, Side};
+use airlift_core::{Capabilities, DeviceState, Errno, Failure, Phase, Side};
 use airlift_stream::frame::{FrameError, FrameHeader, FrameType, HEADER_LEN, Limits, MAX_PAYLOAD};
 use airlift_stream::message::{
     Accept, DataCount, DeviceTransition, Hello, LoadedTerms, MAX_CHANNELS, MAX_DEVICES, MAX_LIST,
@@ -202,6 +202,24 @@ fn lists_are_bounded_in_both_directions() {
         assert_eq!(message.encode(0), Err(refused.clone()));
         assert_eq!(decode_raw(kind, &json), Err(refused));
     }
+}
+
+// V1-WHOLE
+#[test]
+fn a_hello_says_what_a_device_of_v1_gives_and_takes_and_an_older_one_is_still_read() {
+    let mut offer = samples::offer();
+    let capabilities = Capabilities::v1(1 << 20, true);
+    offer.devices[0].capabilities = capabilities;
+    let hello = Hello { versions: vec![1], session: SESSION, offer };
+    let message = Message::Hello(Box::new(hello.clone()));
+    assert_eq!(decode(&message.encode(0).unwrap()), Ok(message));
+    let mut json = serde_json::to_value(&hello).unwrap();
+    let fields = json["offer"]["devices"][0]["capabilities"].as_object_mut().unwrap();
+    assert_eq!(fields.remove("data_section").unwrap(), 1 << 20);
+    let read = decode_raw(FrameType::Hello, &serde_json::to_vec(&json).unwrap()).unwrap();
+    let Message::Hello(read) = read else { panic!("not a HELLO") };
+    let silent = Capabilities { data_section: None, ..capabilities };
+    assert_eq!(read.offer.devices[0].capabilities, silent);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use super::ClientOptions;
 use super::dma::{DmaHandler, WriteLog};
-use crate::codec::{DmaData, Header, MessageType, MigData, command, take};
+use crate::codec::{DmaData, Header, MessageType, MigData, RegionAccess, command, take};
 use crate::transport::{Connection, Received, TransportError, Waker};
 use airlift_core::{DeviceError, DeviceErrorKind, Errno, Interrupter};
 use std::collections::HashMap;
@@ -76,8 +76,35 @@ pub(super) struct Call<'a> {
 struct Direct<'a> {
     id: u16,
     requested: u32,
+    head: DataHead,
     buf: &'a mut [u8],
     filled: Option<(usize, Vec<u8>)>,
+}
+
+/// What stands before the data of a reply, and says how much there is.
+#[derive(Clone, Copy)]
+enum DataHead {
+    /// MIG_DATA_READ.
+    Migration,
+    /// REGION_READ.
+    Region,
+}
+
+impl DataHead {
+    const fn length(self) -> usize {
+        match self {
+            Self::Migration => size_of::<MigData>(),
+            Self::Region => size_of::<RegionAccess>(),
+        }
+    }
+
+    /// The bytes of data, and the payload behind the head; `None` when it is too short or breaks its bounds.
+    fn split(self, payload: &[u8]) -> Option<(u32, &[u8])> {
+        match self {
+            Self::Migration => take::<MigData>(payload).map(|(head, data)| (head.size, data)),
+            Self::Region => take::<RegionAccess>(payload).map(|(head, data)| (head.count, data)),
+        }
+    }
 }
 
 fn error_of(error: TransportError, operation: u16) -> DeviceError {
@@ -266,8 +293,34 @@ impl Call<'_> {
         buf: &mut [u8],
         timeout: Duration,
     ) -> Result<(usize, Vec<u8>), DeviceError> {
+        let id = ticket.id;
+        let direct = Direct { id, requested, head: DataHead::Migration, buf, filled: None };
+        self.wait_direct(ticket, direct, timeout)
+    }
+
+    /// Waits for the answer of a REGION_READ of as many bytes as `buf` has, straight into it.
+    pub(super) fn wait_region(
+        &mut self,
+        ticket: &Ticket,
+        buf: &mut [u8],
+        timeout: Duration,
+    ) -> Result<(), DeviceError> {
+        let (id, length) = (ticket.id, buf.len());
+        let requested = u32::try_from(length).unwrap_or(u32::MAX);
+        let direct = Direct { id, requested, head: DataHead::Region, buf, filled: None };
+        match self.wait_direct(ticket, direct, timeout)? {
+            (filled, rest) if filled == length && rest.is_empty() => Ok(()),
+            _ => Err(protocol(ticket.command, "the reply has another length")),
+        }
+    }
+
+    fn wait_direct(
+        &mut self,
+        ticket: &Ticket,
+        mut direct: Direct<'_>,
+        timeout: Duration,
+    ) -> Result<(usize, Vec<u8>), DeviceError> {
         let deadline = Instant::now() + timeout;
-        let mut direct = Direct { id: ticket.id, requested, buf, filled: None };
         loop {
             self.alive()?;
             if let Some(filled) = direct.filled.take() {
@@ -278,9 +331,11 @@ impl Call<'_> {
                     return Err(DeviceError::refused(command::name(ticket.command), errno));
                 }
                 // The size field counts, not the length of the message (VU-SIZE-FIELD).
-                let data = take::<MigData>(&reply.payload)
-                    .filter(|(head, _)| head.size <= requested)
-                    .and_then(|(head, data)| data.get(..usize::try_from(head.size).ok()?));
+                let data = direct
+                    .head
+                    .split(&reply.payload)
+                    .filter(|(size, _)| *size <= direct.requested)
+                    .and_then(|(size, data)| data.get(..usize::try_from(size).ok()?));
                 let Some(data) = data else {
                     let error = protocol(ticket.command, "the reply holds less than it says, or too much");
                     return Err(self.die(error));
@@ -405,13 +460,14 @@ impl Call<'_> {
         deadline: Instant,
     ) -> Result<(), TransportError> {
         let connection = &self.channel.connection;
-        let mut head = [0; 8];
-        if header.payload < 8 {
+        let mut space = [0; size_of::<RegionAccess>()];
+        let head = &mut space[..direct.head.length()];
+        let Some(behind) = u32::try_from(head.len()).ok().and_then(|n| header.payload.checked_sub(n)) else {
             return self.broken(header.command, "the reply has no size");
-        }
-        connection.recv_exact(&mut head, deadline)?;
-        let MigData { size, .. } = zerocopy::transmute!(head);
-        if size > direct.requested || size > header.payload - 8 {
+        };
+        connection.recv_exact(head, deadline)?;
+        let size = direct.head.split(head).map_or(u32::MAX, |(size, _)| size);
+        if size > direct.requested || size > behind {
             return self.broken(header.command, "the reply holds less than it says, or too much");
         }
         let length = usize::try_from(size).unwrap_or(usize::MAX);
@@ -420,7 +476,7 @@ impl Call<'_> {
         connection.recv_exact(&mut direct.buf[..now], deadline)?;
         connection.recv_exact(&mut later, deadline)?;
         // There are servers that pad a short answer to the size that was asked for (VU-SIZE-FIELD).
-        connection.drain(header.payload - 8 - size, deadline)?;
+        connection.drain(behind - size, deadline)?;
         direct.filled = Some((now, later));
         Ok(())
     }

@@ -7,17 +7,22 @@ mod channel;
 mod device;
 mod dirty;
 mod dma;
+mod identity;
+mod region;
+mod region_info;
 mod session;
+mod v2;
 
 pub use device::VfioUserDevice;
 pub use dirty::VfioUserDirtySource;
 pub use dma::{DmaHandler, DmaWriteLog};
+pub use region::VfioUserRegion;
+pub use region_info::RegionDetails;
 
 use crate::DmaAccess;
 use crate::codec::{
     DEFAULT_MAX_DATA_XFER_SIZE, DeviceInfo, DmaMap, DmaUnmap, FeatureFlags, FeatureHeader, IrqInfo, IrqSet,
-    IrqSetFlags, MAX_FDS, RegionAccess, RegionCap, RegionInfo, RegionInfoFlags, SparseArea, VersionCaps,
-    VersionMessage, command, feature, take,
+    IrqSetFlags, MAX_FDS, RegionAccess, VersionCaps, VersionMessage, command, feature, take,
 };
 use airlift_core::{DeviceError, DeviceErrorKind, DomainId, Errno, Interrupter};
 use channel::{Channel, protocol};
@@ -72,21 +77,6 @@ impl Default for ClientOptions {
     }
 }
 
-/// What a region is.
-#[derive(Debug)]
-pub struct RegionDetails {
-    /// Size in bytes.
-    pub size: u64,
-    /// What can be done with it.
-    pub flags: RegionInfoFlags,
-    /// The file to be mapped, where there is one.
-    pub fd: Option<OwnedFd>,
-    /// Where the region begins in the file, in bytes.
-    pub offset: u64,
-    /// The areas `(offset, length)` that may be mapped; empty with [`fd`](Self::fd): all of it.
-    pub areas: Vec<(u64, u64)>,
-}
-
 /// A connection to a vfio-user server. Clones are the same connection; any thread may use it. A call
 /// that waits holds the connection, and serves the server's DMA messages meanwhile.
 #[derive(Clone)]
@@ -111,8 +101,6 @@ impl AsFd for Client {
     }
 }
 
-/// Most bytes of a region info with its capabilities.
-const MAX_REGION_INFO: u32 = 1 << 20;
 /// Most bytes of a feature's reply.
 const MAX_FEATURE: u32 = (64 << 20) + 64;
 
@@ -252,39 +240,6 @@ impl Client {
         let asked = DeviceInfo { argsz: 16, flags: 0, num_regions: 0, num_irqs: 0 };
         let reply = self.ask(command::DEVICE_GET_INFO, &[asked.as_bytes()], 4096)?;
         Ok(Self::fixed::<DeviceInfo>(command::DEVICE_GET_INFO, &reply.payload)?.0)
-    }
-
-    /// What region `index` is. Asks again where the answer needs more room.
-    ///
-    /// # Errors
-    /// When the server refuses, does not answer, or its list of areas breaks its own bounds.
-    pub fn region_info(&self, index: u32) -> Result<RegionDetails, DeviceError> {
-        let number = command::DEVICE_GET_REGION_INFO;
-        let mut argsz = 32;
-        for _ in 0..3 {
-            let asked = RegionInfo { argsz, flags: 0, index, cap_offset: 0, size: 0, offset: 0 };
-            let mut reply = self.ask(number, &[asked.as_bytes()], argsz)?;
-            let (info, _) = Self::fixed::<RegionInfo>(number, &reply.payload)?;
-            if info.index != index {
-                return Err(protocol(number, "the reply is about another region"));
-            }
-            if info.argsz > argsz {
-                if info.argsz > MAX_REGION_INFO {
-                    return Err(protocol(number, "the capabilities are too long"));
-                }
-                argsz = info.argsz;
-                continue;
-            }
-            let flags = RegionInfoFlags::from_bits_truncate(info.flags);
-            let areas = if flags.contains(RegionInfoFlags::CAPS) {
-                sparse_areas(&reply.payload, &info)?
-            } else {
-                Vec::new()
-            };
-            let fd = if reply.fds.is_empty() { None } else { Some(reply.fds.swap_remove(0)) };
-            return Ok(RegionDetails { size: info.size, flags, fd, offset: info.offset, areas });
-        }
-        Err(protocol(number, "the server always wants more room"))
     }
 
     /// What interrupt index `index` is.
@@ -519,38 +474,4 @@ impl Client {
             DeviceError::new(DeviceErrorKind::Protocol, operation, "the reply holds no single descriptor")
         })
     }
-}
-
-/// The areas of a region that may be mapped; capabilities of other kinds are passed over.
-fn sparse_areas(payload: &[u8], info: &RegionInfo) -> Result<Vec<(u64, u64)>, DeviceError> {
-    let number = command::DEVICE_GET_REGION_INFO;
-    let wrong = || protocol(number, "the capabilities do not fit the reply");
-    let mut at = usize::try_from(info.cap_offset).map_err(|_| wrong())?;
-    let mut last = 0;
-    while at != 0 {
-        // Forward only: a list that leads back would never end.
-        if at < size_of::<RegionInfo>() || at <= last {
-            return Err(wrong());
-        }
-        last = at;
-        let rest = payload.get(at..).ok_or_else(wrong)?;
-        let head = rest.first_chunk::<8>().ok_or_else(wrong)?;
-        let id = u16::from_ne_bytes([head[0], head[1]]);
-        let next = u32::from_ne_bytes([head[4], head[5], head[6], head[7]]);
-        if id == 1 {
-            let (cap, mut rest) = take::<RegionCap>(rest).ok_or_else(wrong)?;
-            let mut areas = Vec::new();
-            for _ in 0..cap.count {
-                let (area, behind) = take::<SparseArea>(rest).ok_or_else(wrong)?;
-                if area.offset.checked_add(area.size).is_none_or(|end| end > info.size) {
-                    return Err(protocol(number, "an area exceeds its region"));
-                }
-                areas.push((area.offset, area.size));
-                rest = behind;
-            }
-            return Ok(areas);
-        }
-        at = usize::try_from(next).map_err(|_| wrong())?;
-    }
-    Ok(Vec::new())
 }

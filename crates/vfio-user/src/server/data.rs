@@ -5,13 +5,17 @@
 
 use super::Event;
 use super::connection::{Conn, Request};
-use crate::codec::{FeatureFlags, FeatureHeader, Header, MigData, PrecopyInfoReply, feature};
+use super::v1::{Chunk, Task, V1Region};
+use crate::codec::{FeatureFlags, FeatureHeader, Header, MigData, PrecopyInfoReply, RegionAccess, feature};
 use crate::{Loader, Saver};
 use airlift_core::Errno;
 use crossbeam_channel::{Receiver, Sender};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use zerocopy::IntoBytes;
+
+/// Bytes of the head of an access to a region.
+const ACCESS: usize = size_of::<RegionAccess>();
 
 /// What the data thread is to do.
 pub(super) enum Job {
@@ -23,6 +27,8 @@ pub(super) enum Job {
     Read { conn: Arc<Conn>, request: Request, size: u32, padded: bool },
     /// Writes the request's data.
     Write { conn: Arc<Conn>, request: Request },
+    /// Does what an access to the migration region asks for.
+    Region { conn: Arc<Conn>, request: Request, region: Arc<V1Region>, task: Task },
     /// Answers PRECOPY_INFO.
     Info { conn: Arc<Conn>, header: Header },
     /// Answers MIG_DATA_SIZE.
@@ -33,7 +39,8 @@ pub(super) enum Job {
     End(u64),
 }
 
-enum Session {
+/// What is open.
+pub(super) enum Session {
     None,
     Save(Box<dyn Saver>),
     Load(Box<dyn Loader>, Arc<AtomicBool>),
@@ -45,6 +52,7 @@ enum Session {
 pub(super) fn run(jobs: &Receiver<Job>, events: &Sender<Event>) {
     let mut session = Session::None;
     let mut buffer = Vec::new();
+    let mut chunk = Chunk::default();
     for job in jobs {
         match job {
             Job::Save(Ok(saver)) => session = Session::Save(saver),
@@ -76,6 +84,13 @@ pub(super) fn run(jobs: &Receiver<Job>, events: &Sender<Event>) {
                     Err(errno) => conn.refuse(request.header, errno),
                 }
             }
+            Job::Region { conn, request, region, task } => {
+                let (access, written) = request.payload.split_at(request.payload.len().min(ACCESS));
+                match chunk.run(&mut session, &region, task, written) {
+                    Ok(data) => conn.reply(request.header, &[access, &data], &[]),
+                    Err(errno) => conn.refuse(request.header, errno),
+                }
+            }
             Job::Info { conn, header } => info(&mut session, &conn, header),
             Job::Size { conn, header } => {
                 if let Session::Save(saver) = &mut session {
@@ -92,6 +107,7 @@ pub(super) fn run(jobs: &Receiver<Job>, events: &Sender<Event>) {
             Job::End(token) => {
                 session = Session::None;
                 buffer = Vec::new();
+                chunk = Chunk::default();
                 let _ = events.send(Event::DataIdle(token));
             }
         }
@@ -117,7 +133,7 @@ fn read(session: &mut Session, buffer: &mut [u8]) -> Result<usize, Errno> {
 }
 
 /// The first write that fails ends the session: what comes after it would leave a hole (V2-WRITE-FINAL).
-fn write(session: &mut Session, data: &[u8]) -> Result<(), Errno> {
+pub(super) fn write(session: &mut Session, data: &[u8]) -> Result<(), Errno> {
     let (loader, spoiled) = match session {
         Session::Load(loader, spoiled) => (loader, spoiled),
         Session::Failed(errno) => return Err(*errno),

@@ -6,9 +6,9 @@ use super::operations::Asker;
 use super::worker::Worker;
 use crate::codec::{
     FeatureFlags, FeatureHeader, LoggingControl, LoggingRange, LoggingReport, MigState, SocketReply,
-    StateFormatHeader, feature, take,
+    StateFormatFlags, StateFormatHeader, feature, take,
 };
-use airlift_core::{DeviceState, Errno};
+use airlift_core::{DeviceState, Errno, Interface};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -23,15 +23,17 @@ impl Worker {
         let migration = self.description.migration.as_ref().filter(|_| self.caps.is_some())?;
         let extensions = self.options.extensions;
         let precopy = self.caps.is_some_and(|caps| caps.precopy());
+        // Interface v1 says the same through its region.
+        let v2 = self.region.is_none();
         let (get, set) = (FeatureFlags::GET, FeatureFlags::SET);
         let flags = match index {
-            feature::MIGRATION => get,
-            feature::MIG_DEVICE_STATE => get | set,
+            feature::MIGRATION if v2 => get,
+            feature::MIG_DEVICE_STATE if v2 => get | set,
             feature::DMA_LOGGING_START | feature::DMA_LOGGING_STOP if migration.dma_logging => set,
             feature::DMA_LOGGING_REPORT if migration.dma_logging => get,
-            feature::MIG_DATA_SIZE if extensions => get,
-            feature::MIG_PRECOPY_INFO_V2 if extensions && precopy && migration.reinit => set,
-            feature::PRECOPY_INFO if extensions && precopy => get,
+            feature::MIG_DATA_SIZE if v2 && extensions => get,
+            feature::MIG_PRECOPY_INFO_V2 if v2 && extensions && precopy && migration.reinit => set,
+            feature::PRECOPY_INFO if v2 && extensions && precopy => get,
             feature::STATE_FORMAT if extensions => get,
             feature::MIGRATION_SOCKET if extensions && role == Role::Primary => get,
             _ => return None,
@@ -200,14 +202,23 @@ impl Worker {
             accepts: u16::try_from(accepts.len()).unwrap_or(0),
             name: u16::try_from(name.len()).unwrap_or(0),
         };
-        let size = HEAD + size_of::<StateFormatHeader>() + accepts.len() * 4 + name.len();
+        let mut flags = StateFormatFlags::empty();
+        flags.set(StateFormatFlags::READS_V1, format.interfaces.contains(&Interface::V1));
+        flags.set(StateFormatFlags::READS_V2, format.interfaces.contains(&Interface::V2));
+        let whole = self.region.as_ref().is_some_and(|region| region.takes_whole_transactions());
+        flags.set(StateFormatFlags::WHOLE_TRANSACTIONS, whole);
+        let flags = flags.bits();
+        let parts = [fixed.as_bytes(), accepts.as_bytes(), name, flags.as_bytes()];
+        let size = HEAD + parts.iter().map(|part| part.len()).sum::<usize>();
         let argsz = u32::try_from(size).unwrap_or(u32::MAX);
         let new = FeatureHeader { argsz, ..head };
         if argsz > head.argsz {
             // The client sees what it needs and asks again.
             conn.reply(header, &[new.as_bytes()], &[]);
         } else {
-            conn.reply(header, &[new.as_bytes(), fixed.as_bytes(), accepts.as_bytes(), name], &[]);
+            let mut whole = vec![new.as_bytes()];
+            whole.extend(parts);
+            conn.reply(header, &whole, &[]);
         }
         Ok(())
     }

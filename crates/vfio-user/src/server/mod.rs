@@ -10,13 +10,15 @@
 //! The device thread is the one that called [`Server::serve`]. It handles requests in their order of
 //! arrival. While a [`Done`](crate::Done) is open, requests wait in a queue, except accesses to
 //! regions and questions about what the device is; data waits behind a transition, so that a
-//! [`Saver`](crate::Saver) or [`Loader`](crate::Loader) never runs during one.
+//! [`Saver`](crate::Saver) or [`Loader`](crate::Loader) never runs during one. Over interface v1 the same
+//! session is driven through the migration region, whose accesses wait as data does.
 
 mod connection;
 mod data;
 mod features;
 mod operations;
 mod requests;
+mod v1;
 mod worker;
 
 use crate::codec::DEFAULT_MAX_DATA_XFER_SIZE;

@@ -6,6 +6,7 @@
 
 use super::connection::Conn;
 use super::data::Job;
+use super::v1::Round;
 use super::worker::{OpenSession, Worker};
 use super::{Event, Request};
 use crate::codec::Header;
@@ -46,10 +47,19 @@ enum Step {
     Device(Option<StateArc>),
 }
 
+/// A write of device_state, which leaves the state before it or ERROR when it fails (V1-READBACK).
+struct StateWrite {
+    before: DeviceState,
+    /// Why it failed; the device is being walked back.
+    failed: Option<Errno>,
+}
+
 /// An operation that is open.
 pub(super) struct Operation {
     kind: Kind,
     arcs: VecDeque<StateArc>,
+    /// It is a write of device_state (interface v1).
+    write: Option<StateWrite>,
     step: Step,
     token: u64,
     deadline: Instant,
@@ -64,7 +74,8 @@ impl Operation {
 impl Worker {
     fn open(&mut self, kind: Kind, arcs: VecDeque<StateArc>) {
         let deadline = Instant::now() + self.options.transition_timeout;
-        self.operation = Some(Operation { kind, arcs, step: Step::Device(None), token: 0, deadline });
+        self.operation =
+            Some(Operation { kind, arcs, write: None, step: Step::Device(None), token: 0, deadline });
     }
 
     /// Sets the next step of the open operation; the number that its answer must have.
@@ -98,6 +109,49 @@ impl Worker {
             Err(error) => {
                 tracing::debug!(%error, "transition refused");
                 asker.conn.refuse(asker.header, error.errno());
+            }
+        }
+    }
+
+    /// A write of device_state: makes these arcs.
+    pub(super) fn walk_migration(&mut self, asker: Asker, walk: Vec<StateArc>) {
+        let before = self.state;
+        self.open(Kind::SetState(asker), walk.into());
+        if let Some(operation) = &mut self.operation {
+            operation.write = Some(StateWrite { before, failed: None });
+        }
+        self.next_arc();
+    }
+
+    /// How a write of device_state ends that was walked so far; `None` when the device is walked back
+    /// first. It is where nothing but the run was lost: from RUNNING and STOP. Whatever else is neither
+    /// the state before nor ERROR becomes ERROR (V1-READBACK).
+    fn settle(&mut self, result: Result<(), Errno>) -> Option<Result<(), Errno>> {
+        let at = self.state;
+        let Some(write) = self.operation.as_mut().and_then(|o| o.write.as_mut()) else { return Some(result) };
+        let (errno, first) = match (write.failed, result) {
+            (None, Ok(())) => return Some(Ok(())),
+            (None, Err(errno)) => (errno, true),
+            (Some(errno), _) => (errno, false),
+        };
+        write.failed = Some(errno);
+        let before = write.before;
+        if at == before {
+            return Some(Err(errno));
+        }
+        // In RESUMING what the device held is forgotten.
+        let kept = matches!(before, DeviceState::Running | DeviceState::Stop) && at != DeviceState::Resuming;
+        let back = self.caps.filter(|_| first && kept).and_then(|caps| path(at, before, &caps).ok());
+        match (back, &mut self.operation) {
+            (Some(back), Some(operation)) => {
+                tracing::debug!(%at, %before, "a write of device_state has failed: back");
+                operation.arcs = back.into();
+                self.next_arc();
+                None
+            }
+            _ => {
+                self.state = DeviceState::Error;
+                Some(Err(errno))
             }
         }
     }
@@ -229,12 +283,12 @@ impl Worker {
             ArcSession::OpensSave => {
                 let saver = self.device.saver();
                 self.send_job(Job::Save(saver));
-                self.session = Some(OpenSession { owner, spoiled });
+                self.session = Some(OpenSession { owner, spoiled, round: Round::default() });
             }
             ArcSession::OpensLoad => {
                 let loader = self.device.loader();
                 self.send_job(Job::Load(loader, Arc::clone(&spoiled)));
-                self.session = Some(OpenSession { owner, spoiled });
+                self.session = Some(OpenSession { owner, spoiled, round: Round::default() });
             }
             ArcSession::Ends => self.session = None,
             ArcSession::None | ArcSession::Keeps => {}
@@ -273,6 +327,7 @@ impl Worker {
 
     /// The operation is over.
     fn finish(&mut self, result: Result<(), Errno>) {
+        let Some(result) = self.settle(result) else { return };
         let Some(operation) = self.operation.take() else { return };
         // A session has no place in these states, however they were reached.
         if !self.state.is_saving() && self.state != DeviceState::Resuming && self.session.take().is_some() {

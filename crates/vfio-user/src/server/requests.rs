@@ -36,15 +36,20 @@ impl Worker {
             | command::DEVICE_RESET
             | command::DEVICE_GET_INFO
             | command::DEVICE_GET_REGION_INFO => true,
-            command::REGION_READ => {
-                take::<RegionAccess>(&request.payload).is_some_and(|(a, _)| a.region == CONFIG_REGION)
+            command::REGION_READ
+                if take::<RegionAccess>(&request.payload).is_some_and(|(a, _)| a.region == CONFIG_REGION) =>
+            {
+                true
             }
-            _ => false,
+            _ => self.is_migration_access(request),
         }
     }
 
     pub(super) fn dispatch(&mut self, conn: &Arc<Conn>, mut request: Request) {
         let header = request.header;
+        if self.is_migration_access(&request) {
+            return self.migration_access(conn, request);
+        }
         let asker = |request: Request, echo: Vec<u8>| Asker {
             conn: Arc::clone(conn),
             header,
@@ -74,6 +79,10 @@ impl Worker {
                 let echo = request.payload.clone();
                 self.unmap(asker(request, echo), ranges.into());
             }),
+            // Over interface v1 data goes through the region.
+            command::MIG_DATA_READ | command::MIG_DATA_WRITE if self.region.is_some() => {
+                Err(Errno::EOPNOTSUPP)
+            }
             command::MIG_DATA_READ => return self.data_read(conn, request),
             command::MIG_DATA_WRITE => return self.data_write(conn, request),
             // Not offered in VERSION, or the server's own, or unknown.
@@ -86,7 +95,9 @@ impl Worker {
     }
 
     fn regions(&self) -> u32 {
-        let highest = self.description.regions.iter().map(|r| r.index.saturating_add(1)).max().unwrap_or(0);
+        let described = self.description.regions.iter().map(|r| r.index);
+        let own = self.region.as_ref().map(|r| r.index);
+        let highest = described.chain(own).map(|index| index.saturating_add(1)).max().unwrap_or(0);
         if self.description.pci.is_some() { highest.max(PCI_REGIONS) } else { highest }
     }
 
@@ -125,6 +136,9 @@ impl Worker {
         let (asked, _) = take::<RegionInfo>(&request.payload).ok_or(Errno::EINVAL)?;
         if asked.argsz < 32 || asked.index >= self.regions() {
             return Err(Errno::EINVAL);
+        }
+        if let Some(region) = self.region.as_ref().filter(|r| r.index == asked.index) {
+            return Self::migration_region_info(conn, request, &asked, region);
         }
         let mut info =
             RegionInfo { argsz: 32, flags: 0, index: asked.index, cap_offset: 0, size: 0, offset: 0 };

@@ -3,6 +3,7 @@
 use super::connection::{Conn, Request, Role};
 use super::data::Job;
 use super::operations::Operation;
+use super::v1::{Round, V1Region};
 use super::{Event, ServerOptions};
 use crate::codec::{
     DEFAULT_MAX_DATA_XFER_SIZE, FeatureFlags, FeatureHeader, VersionCaps, VersionMessage, command, feature,
@@ -29,13 +30,18 @@ pub(super) struct OpenSession {
     pub(super) owner: u64,
     /// A write has failed (V2-WRITE-FINAL).
     pub(super) spoiled: Arc<AtomicBool>,
+    /// Over interface v1, while it loads.
+    pub(super) round: Round,
 }
 
 /// The device thread's state.
 pub(super) struct Worker {
     pub(super) device: Box<dyn Device>,
     pub(super) description: Description,
+    /// What the device itself can do, arc by arc: as of interface v2 over both interfaces.
     pub(super) caps: Option<Capabilities>,
+    /// The migration region, over interface v1.
+    pub(super) region: Option<Arc<V1Region>>,
     pub(super) options: ServerOptions,
     pub(super) sender: Sender<Event>,
     receiver: Receiver<Event>,
@@ -65,17 +71,12 @@ impl Worker {
         jobs: Sender<Job>,
     ) -> Self {
         let description = device.describe();
-        let caps = description.migration.as_ref().and_then(|m| match Capabilities::v2(m.flags.bits()) {
-            Ok(caps) => Some(Capabilities { reinit: m.reinit, ..caps }),
-            Err(error) => {
-                tracing::error!(%error, "the device is served without migration");
-                None
-            }
-        });
+        let (caps, region) = migration(&description);
         let irqs = Irqs::new(&description.irqs);
         Self {
             device,
             caps,
+            region,
             dma: Dma::new(options.max_log_bytes),
             irqs,
             description,
@@ -144,7 +145,7 @@ impl Worker {
             Event::Incoming(stream) => self.incoming(stream),
             Event::Request(conn, request) => {
                 // Later requests do not overtake queued ones, but for those that never wait.
-                if self.operation.is_none() || never_waits(&request) {
+                if self.operation.is_none() || self.never_waits(&request) {
                     self.request(&conn, request);
                 } else {
                     self.queue.push_back(Queued::Request(conn, request));
@@ -162,6 +163,20 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Requests that are answered while an operation is open: they need no order among transitions.
+    fn never_waits(&self, request: &Request) -> bool {
+        matches!(
+            request.header.command,
+            command::VERSION
+                | command::REGION_READ
+                | command::REGION_WRITE
+                | command::REGION_WRITE_MULTI
+                | command::DEVICE_GET_INFO
+                | command::DEVICE_GET_REGION_INFO
+                | command::DEVICE_GET_IRQ_INFO
+        ) && !self.is_migration_access(request)
     }
 
     fn incoming(&mut self, stream: UnixStream) {
@@ -285,24 +300,28 @@ impl Worker {
     }
 }
 
+/// What a device that is described so can do, and its migration region. A description that cannot be
+/// is one of a device that cannot be migrated.
+fn migration(description: &Description) -> (Option<Capabilities>, Option<Arc<V1Region>>) {
+    let Some(support) = &description.migration else { return (None, None) };
+    let without = |error: &dyn std::error::Error| {
+        tracing::error!(%error, "the device is served without migration");
+        (None, None)
+    };
+    let caps = match Capabilities::v2(support.flags.bits()) {
+        Ok(caps) => Capabilities { reinit: support.reinit, ..caps },
+        Err(error) => return without(&error),
+    };
+    match V1Region::of(description, support) {
+        Ok(region) => (Some(caps), region.map(Arc::new)),
+        Err(error) => without(&error),
+    }
+}
+
 fn asks_for_socket(request: &Request) -> bool {
     let head = take::<FeatureHeader>(&request.payload).map(|(head, _)| head);
     request.header.command == command::DEVICE_FEATURE
         && head.is_some_and(|h| {
             h.index() == feature::MIGRATION_SOCKET && h.operation() == Some(FeatureFlags::GET)
         })
-}
-
-/// Requests that are answered while an operation is open: they need no order among transitions.
-const fn never_waits(request: &Request) -> bool {
-    matches!(
-        request.header.command,
-        command::VERSION
-            | command::REGION_READ
-            | command::REGION_WRITE
-            | command::REGION_WRITE_MULTI
-            | command::DEVICE_GET_INFO
-            | command::DEVICE_GET_REGION_INFO
-            | command::DEVICE_GET_IRQ_INFO
-    )
 }

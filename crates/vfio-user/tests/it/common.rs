@@ -1,11 +1,13 @@
 //! A small device that a test steers and watches, and a server for it.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use airlift_core::{Arc as StateArc, DeviceId, DeviceState, Errno, MigrationFlags, PrecopyInfo, StateFormat};
+use airlift_core::{
+    Arc as StateArc, DeviceId, DeviceState, Errno, Interface, MigrationFlags, PrecopyInfo, StateFormat,
+};
 use airlift_vfio_user::{
     Attachment, Client, ClientOptions, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader,
     MigrationInterface, MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionMapping, Saver,
-    Server, ServerHandle, ServerOptions, VfioUserDevice,
+    Server, ServerHandle, ServerOptions, V1Section, VfioUserDevice,
 };
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -31,10 +33,23 @@ pub(crate) struct State {
     /// Data for PRE_COPY, and for STOP_COPY after it.
     pub(crate) precopy: VecDeque<u8>,
     pub(crate) stop_copy: VecDeque<u8>,
+    /// It is served over interface v1, with this data section.
+    pub(crate) v1: Option<V1Section>,
+    /// Other interfaces whose data it reads.
+    pub(crate) interfaces: Vec<Interface>,
     /// Each read of the saver gives at most this much, if set.
     pub(crate) read_limit: Option<usize>,
     pub(crate) reinit: bool,
     pub(crate) loaded: Vec<u8>,
+    /// What each read of the saver gave that gave something.
+    pub(crate) reads: Vec<usize>,
+    /// Reads of the saver that wait until this is false; and how many have waited.
+    pub(crate) block_reads: bool,
+    pub(crate) blocked: usize,
+    /// All reads of the saver fail with this.
+    pub(crate) fail_reads: Option<Errno>,
+    /// What each write to the loader had.
+    pub(crate) writes: Vec<usize>,
     /// The write that would go beyond this many bytes fails.
     pub(crate) load_limit: Option<usize>,
     pub(crate) load_refused: bool,
@@ -43,10 +58,24 @@ pub(crate) struct State {
     pub(crate) held: Vec<Done>,
     /// The next transition fails like this.
     pub(crate) fail: Option<(Errno, DeviceState)>,
+    /// The next transition of this name fails like this, those of other names go well.
+    pub(crate) fail_arcs: Vec<(&'static str, Errno, DeviceState)>,
     /// The next transition's answer is dropped.
     pub(crate) forget: bool,
     pub(crate) attachment: Option<Attachment>,
     pub(crate) device_state: Option<DeviceState>,
+}
+
+impl State {
+    /// How this transition fails, if it is to.
+    fn failure(&mut self, name: &str) -> Option<(Errno, DeviceState)> {
+        let named = self.fail_arcs.iter().position(|(arc, ..)| *arc == name);
+        let (_, errno, at) = match named {
+            Some(index) => self.fail_arcs.remove(index),
+            None => return self.fail.take(),
+        };
+        Some((errno, at))
+    }
 }
 
 impl Control {
@@ -85,10 +114,10 @@ pub(crate) struct TestDevice {
 impl TestDevice {
     fn finish(&self, done: Done, what: String, reached: impl FnOnce(&mut State)) {
         self.control.with(|s| {
-            s.log.push(what);
+            s.log.push(what.clone());
             if std::mem::take(&mut s.forget) {
                 drop(done);
-            } else if let Some((errno, at)) = s.fail.take() {
+            } else if let Some((errno, at)) = s.failure(&what) {
                 s.device_state = Some(at);
                 done.failed(errno, at);
             } else {
@@ -113,6 +142,7 @@ impl Device for TestDevice {
             offset: 4096,
             areas: areas.clone(),
         });
+        let (v1, interfaces) = self.control.with(|s| (s.v1.clone(), s.interfaces.clone()));
         Description {
             regions: vec![region(0, 4096, None), region(2, 1 << 20, mapping), region(6, 512, None)],
             irqs: vec![
@@ -128,12 +158,12 @@ impl Device for TestDevice {
                 revision: 3,
             }),
             migration: Some(MigrationSupport {
-                interface: MigrationInterface::V2,
+                interface: v1.map_or(MigrationInterface::V2, MigrationInterface::V1),
                 flags: self.flags,
                 dma_logging: true,
                 reinit: true,
             }),
-            format: StateFormat { name: "test".into(), version: 3, accepts: vec![2, 3], interfaces: vec![] },
+            format: StateFormat { name: "test".into(), version: 3, accepts: vec![2, 3], interfaces },
         }
     }
 
@@ -226,7 +256,12 @@ impl Saver for TestSaver {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> Result<usize, Errno> {
+        self.0.with(|s| s.blocked += usize::from(s.block_reads));
+        self.0.until("the end of a blocked read", |s| !s.block_reads);
         self.0.with(|s| {
+            if let Some(errno) = s.fail_reads {
+                return Err(errno);
+            }
             let stopped = s.device_state == Some(DeviceState::StopCopy);
             let limit = buf.len().min(s.read_limit.unwrap_or(usize::MAX));
             let mut n = 0;
@@ -235,6 +270,9 @@ impl Saver for TestSaver {
                 let Some(byte) = next else { break };
                 buf[n] = byte;
                 n += 1;
+            }
+            if n > 0 {
+                s.reads.push(n);
             }
             Ok(n)
         })
@@ -256,6 +294,7 @@ impl Loader for TestLoader {
                 return Err(Errno::ENOSPC);
             }
             s.loaded.extend(data);
+            s.writes.push(data.len());
             Ok(())
         })
     }
@@ -290,6 +329,18 @@ pub(crate) fn serve() -> Served {
 
 pub(crate) fn serve_with(flags: MigrationFlags, options: ServerOptions) -> Served {
     let control = control();
+    serve_device(TestDevice { control, flags, mapping: None }, options)
+}
+
+/// A device of interface v1 with this data section.
+pub(crate) fn serve_v1(section: V1Section) -> Served {
+    serve_v1_with(section, ServerOptions::default())
+}
+
+pub(crate) fn serve_v1_with(section: V1Section, options: ServerOptions) -> Served {
+    let control = control();
+    control.with(|s| s.v1 = Some(section));
+    let flags = MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY;
     serve_device(TestDevice { control, flags, mapping: None }, options)
 }
 
@@ -332,6 +383,7 @@ impl Drop for Served {
         // Nothing of a test that failed may keep the server.
         self.control.with(|s| {
             s.hold = false;
+            s.block_reads = false;
             s.held.clear();
         });
         self.stop();
