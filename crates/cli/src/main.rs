@@ -28,7 +28,7 @@ mod units;
 mod vmm;
 mod watcher;
 
-use args::{Cli, Command};
+use args::{Cli, Command, InterfaceChoice};
 use clap::Parser;
 use exit::Exit;
 use json::{ErrorView, Output};
@@ -59,9 +59,13 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     // Two options can be right each and wrong together.
-    if let Command::Receive(args) = &cli.command
-        && let Err(error) = args.afterwards.check(&args.attach.devices)
-    {
+    let checked = match &cli.command {
+        Command::Receive(args) => args.afterwards.check(&args.attach.devices),
+        Command::SoftDevice(args) => args.device.check(args.interface == InterfaceChoice::V1),
+        Command::Demo(args) => args.check(),
+        _ => Ok(()),
+    };
+    if let Err(error) = checked {
         return refuse(&error);
     }
     // Logs go to stderr and only on request (AIRLIFT_LOG=debug): what a user must know is in the output.

@@ -80,6 +80,8 @@ fn options(args: &SoftDeviceArgs) -> SoftDeviceOptions {
         state_size: args.device.state_size.0,
         dirty_rate: args.device.device_dirty_rate.0,
         ring_rate: args.device.device_dma_rate.0,
+        interface: args.device.v1.interface(args.interface),
+        accept_other_interface: args.device.device_accept_other_interface,
         precopy: !args.device.device_no_precopy,
         p2p: !args.device.device_no_p2p,
         dma_logging: !args.device.device_no_dirty_log,

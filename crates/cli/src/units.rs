@@ -25,6 +25,12 @@ pub(crate) fn state_size(text: &str) -> Result<Size, String> {
     multiple(text, 4096, 4096)
 }
 
+/// The size of a data section of interface v1: 1 byte to 1 GiB.
+pub(crate) fn v1_section(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
+    if (1..=1 << 30).contains(&size.0) { Ok(size) } else { Err("it must be 1 byte to 1GiB".into()) }
+}
+
 /// The size of a simulated guest's memory: a multiple of 64 KiB, at least 2 MiB.
 pub(crate) fn guest_memory(text: &str) -> Result<Size, String> {
     multiple(text, 64 << 10, airlift_softdevice::simvm::MIN_MEMORY)

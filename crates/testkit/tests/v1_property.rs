@@ -408,7 +408,7 @@ fn gives_all(plan: &Plan) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2_000_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     // V1-PENDING, V1-HOLLOW, V1-READBACK, V1-RESET, V1-OUTSTANDING, V1-LOOP-ERROR
     #[test]

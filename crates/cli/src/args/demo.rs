@@ -1,8 +1,20 @@
 //! `airlift demo`.
 
-use super::{DeviceArgs, FaultPhase, KillSpec, Sabotage, TransportChoice};
+use super::{DeviceArgs, FaultPhase, InterfaceChoice, KillSpec, Sabotage, TransportChoice};
 use crate::units::{Rate, Size, Span};
-use clap::Args;
+use airlift_core::Side;
+use clap::{Args, ValueEnum};
+
+/// The interfaces of the demo's devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DemoInterface {
+    /// All have the migration region.
+    V1,
+    /// All have the state machine.
+    V2,
+    /// They take turns.
+    Mixed,
+}
 
 /// One live migration between two hosts that are processes on this machine.
 #[derive(Clone, Debug, Args)]
@@ -10,8 +22,15 @@ pub(crate) struct DemoArgs {
     /// Number of devices.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) devices: u16,
+    /// The interface of the devices; mixed: every other one, from the first on, has v1. Devices of v1 have no
+    /// P2P states, so with them the guest sets up no DMA between devices, and that is declared.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = DemoInterface::V2)]
+    pub(crate) interface: DemoInterface,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
+    /// With interface v1: bytes of the data section on the destination, if it is to be another one.
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::v1_section)]
+    pub(crate) device_v1_destination_section: Option<Size>,
     /// Guest memory.
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = crate::units::guest_memory)]
     pub(crate) memory: Size,
@@ -55,4 +74,52 @@ pub(crate) struct DemoArgs {
     /// Break one rule, to see that it is noticed.
     #[arg(long, value_name = "NAME", value_enum, hide = true)]
     pub(crate) sabotage: Option<Sabotage>,
+}
+
+impl DemoArgs {
+    /// The interface of the device at this position.
+    pub(crate) const fn interface_of(&self, index: usize) -> InterfaceChoice {
+        match self.interface {
+            DemoInterface::V1 => InterfaceChoice::V1,
+            DemoInterface::V2 => InterfaceChoice::V2,
+            DemoInterface::Mixed if index.is_multiple_of(2) => InterfaceChoice::V1,
+            DemoInterface::Mixed => InterfaceChoice::V2,
+        }
+    }
+
+    fn has_v1(&self) -> bool {
+        self.interface != DemoInterface::V2
+    }
+
+    /// Whether the devices do no DMA to each other: as asked for, or because devices of v1 could not be
+    /// stopped without losing some of it.
+    pub(crate) fn no_peer_dma(&self) -> bool {
+        self.assume_no_peer_dma || (self.has_v1() && self.devices > 1)
+    }
+
+    /// What the devices of a side are like.
+    pub(crate) fn device_of(&self, side: Side) -> DeviceArgs {
+        let mut device = self.device.clone();
+        if side == Side::Destination && self.device_v1_destination_section.is_some() {
+            device.v1.section = self.device_v1_destination_section;
+        }
+        device
+    }
+
+    /// What is right each and wrong together.
+    ///
+    /// # Errors
+    /// As the command line's own, with exit code 2.
+    pub(crate) fn check(&self) -> Result<(), clap::Error> {
+        if self.device_v1_destination_section.is_some() && !self.has_v1() {
+            return Err(super::conflict(
+                "--device-v1-destination-section is for devices of interface v1: give --interface v1 too",
+            ));
+        }
+        if self.interface == DemoInterface::Mixed && self.devices < 2 {
+            return Err(super::conflict("--interface mixed needs two devices at least"));
+        }
+        self.device.check(self.has_v1())?;
+        self.device_of(Side::Destination).check(self.has_v1())
+    }
 }

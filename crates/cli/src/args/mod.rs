@@ -5,6 +5,7 @@
 
 mod afterwards;
 mod demo;
+mod interface;
 mod memory;
 mod migrate;
 mod probe;
@@ -14,7 +15,8 @@ mod soft_device;
 mod values;
 
 pub(crate) use afterwards::Afterwards;
-pub(crate) use demo::DemoArgs;
+pub(crate) use demo::{DemoArgs, DemoInterface};
+pub(crate) use interface::{InterfaceChoice, V1MappingChoice};
 pub(crate) use memory::{MemoryPlace, NamedMemory};
 pub(crate) use migrate::{Attach, ReceiveArgs, SendArgs};
 pub(crate) use probe::ProbeArgs;
@@ -26,7 +28,13 @@ pub(crate) use values::{
     TransportChoice, Victim, VmmAddress,
 };
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// An error of arguments that are right each and wrong together: exit code 2.
+fn conflict(message: impl std::fmt::Display) -> clap::Error {
+    Cli::command().error(ErrorKind::ArgumentConflict, message)
+}
 
 /// Moves VFIO devices between hosts while the machine that uses them runs.
 #[derive(Debug, Parser)]
@@ -58,7 +66,6 @@ pub(crate) enum Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {

@@ -1,5 +1,7 @@
 //! `airlift soft-device`.
 
+use super::interface::InterfaceChoice;
+use super::interface::V1Args;
 use crate::units::{Rate, Size, Span};
 use clap::Args;
 use std::path::PathBuf;
@@ -31,6 +33,26 @@ pub(crate) struct DeviceArgs {
     /// Bytes per second that the device takes while it loads; no limit if not given.
     #[arg(long, value_name = "RATE")]
     pub(crate) device_load_rate: Option<Rate>,
+    #[command(flatten)]
+    pub(crate) v1: V1Args,
+    /// The device also loads data that was saved over the other interface; its format is the same.
+    #[arg(long)]
+    pub(crate) device_accept_other_interface: bool,
+}
+
+impl DeviceArgs {
+    /// What is right each and wrong together, for devices of which some (`v1`) have interface v1.
+    ///
+    /// # Errors
+    /// As the command line's own, with exit code 2.
+    pub(crate) fn check(&self, v1: bool) -> Result<(), clap::Error> {
+        if v1 && self.device_no_precopy {
+            return Err(super::conflict(
+                "--device-no-precopy does not go with interface v1: every device of it has PRE_COPY",
+            ));
+        }
+        self.v1.check(v1)
+    }
 }
 
 /// Serves one software device.
@@ -45,6 +67,9 @@ pub(crate) struct SoftDeviceArgs {
     /// The seed of everything that the device generates.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
+    /// The interface over which it can be migrated.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = InterfaceChoice::V2)]
+    pub(crate) interface: InterfaceChoice,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
     /// One JSON object per line.

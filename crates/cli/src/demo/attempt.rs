@@ -144,7 +144,7 @@ impl Attempt<'_> {
             .common("send", self.source, Side::Source)
             .with("--downtime-limit", self.args.downtime_limit.argument())
             .with("--channels", self.args.channels.to_string())
-            .flag("--assume-no-peer-dma", self.args.assume_no_peer_dma)
+            .flag("--assume-no-peer-dma", self.args.no_peer_dma())
             .positional(uri);
         let name = Name { side: Side::Source, attempt: self.number, role: "send".into() };
         cast.spawn(name, args.done())

@@ -2,7 +2,7 @@
 
 use super::child::{Cast, ChildId, Name};
 use super::{DemoError, START};
-use crate::args::{DemoArgs, Sabotage};
+use crate::args::{DemoArgs, InterfaceChoice, Sabotage, V1MappingChoice};
 use crate::units::Span;
 use airlift_core::Side;
 use std::ffi::OsString;
@@ -115,7 +115,7 @@ impl Host {
             .with("--memory", args.memory.argument())
             .with("--dirty-rate", args.dirty_rate.0.to_string())
             .with("--seed", seed.to_string())
-            .flag("--no-peer-dma", args.assume_no_peer_dma)
+            .flag("--no-peer-dma", args.no_peer_dma())
             .flag("--incoming", side == Side::Destination);
         for device in &devices {
             vm = vm.with("--device", prefixed(&format!("{}=vfio-user:", device.id), &device.socket));
@@ -159,7 +159,9 @@ fn device_args(
     id: &str,
     socket: &std::path::Path,
 ) -> Args {
-    let device = &args.device;
+    let device = &args.device_of(side);
+    let interface = args.interface_of(index);
+    let v1 = Some(&device.v1).filter(|_| interface == InterfaceChoice::V1);
     let sabotaged = |what| args.sabotage == Some(what);
     let on_source = side == Side::Source;
     // A destination device begins with other content than the source's: what is found there after
@@ -178,6 +180,11 @@ fn device_args(
         .with("--device-load-time", device.device_load_time.argument())
         .with_some("--device-load-rate", device.device_load_rate.map(|r| r.0.to_string()))
         .with("--stop-delay", Span(delay).argument())
+        .with("--interface", interface.name())
+        .with_some("--device-v1-section", v1.and_then(|v1| v1.section).map(|size| size.argument()))
+        .with_some("--device-v1-mapping", v1.and_then(|v1| v1.mapping).map(V1MappingChoice::name))
+        .flag("--device-v1-whole", v1.is_some_and(|v1| v1.whole))
+        .flag("--device-accept-other-interface", device.device_accept_other_interface)
         .flag("--device-no-precopy", device.device_no_precopy)
         .flag("--device-no-p2p", device.device_no_p2p)
         .flag("--device-no-dirty-log", device.device_no_dirty_log)

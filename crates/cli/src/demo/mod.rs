@@ -97,6 +97,7 @@ fn perform(args: &DemoArgs, seed: u64, output: &Arc<Output>) -> Result<DemoResul
             .run(cast, ids)
     };
     let mut result = run(&mut cast, 1, Fault::of(args), &ids)?;
+    result.notes.extend(summary::interface_note(args));
     let again = args.retry
         && matches!(result.outcome, Outcome::Aborted | Outcome::Cancelled)
         && result.source_running == Running::Yes

@@ -1,7 +1,7 @@
 //! The demo's words for a person: what is about to happen, and what has.
 
 use super::result::DemoResult;
-use crate::args::DemoArgs;
+use crate::args::{DemoArgs, DemoInterface};
 use crate::render::{downtime_lines, error_text};
 use crate::units::{Size, counted, millis};
 use airlift::{Outcome, Running};
@@ -10,11 +10,33 @@ use airlift::{Outcome, Running};
 pub(crate) fn opening(args: &DemoArgs, seed: u64) -> String {
     let devices = if args.devices == 1 { "one device" } else { "devices" };
     let count = if args.devices == 1 { String::new() } else { format!("{} ", args.devices) };
-    format!(
+    let opening = format!(
         "Two hosts as processes on this machine: {count}{devices} of {} behind vfio-user sockets, a guest \
          with {} of memory, both written to all the time (seed {seed}).",
         args.device.state_size, args.memory
-    )
+    );
+    match interface_note(args) {
+        Some(note) => format!("{opening} Note: {note}."),
+        None => opening,
+    }
+}
+
+/// What interface v1 means for this demo.
+pub(crate) fn interface_note(args: &DemoArgs) -> Option<String> {
+    let which = match args.interface {
+        DemoInterface::V2 => return None,
+        DemoInterface::V1 => "the devices have the migration region of interface v1",
+        DemoInterface::Mixed => {
+            "every other device, from the first on, has the migration region of interface v1, the others have v2"
+        }
+    };
+    let peer = match args.no_peer_dma() {
+        true => {
+            "; v1 has no P2P states, so the guest sets up no DMA between devices, and --assume-no-peer-dma is given"
+        }
+        false => "",
+    };
+    Some(format!("{which}{peer}"))
 }
 
 /// Between a migration that did not complete and the second one.

@@ -114,8 +114,13 @@ impl<R: RegionAccess> Port<R> {
         if from.is_saving() && to.is_saving() {
             // Nothing comes of a session that has failed, and the device may still hold a chunk for it.
             if let Some(error) = &self.failed {
-                let message = format!("only RUNNING and a reset leave {from} now, because saving has failed: {error}");
-                return Err(DeviceError { operation: "write of device_state".into(), message, ..error.clone() });
+                let message =
+                    format!("only RUNNING and a reset leave {from} now, because saving has failed: {error}");
+                return Err(DeviceError {
+                    operation: "write of device_state".into(),
+                    message,
+                    ..error.clone()
+                });
             }
             if self.save.is_outstanding() {
                 return misuse("a chunk was begun and not read to its end (V1-OUTSTANDING)");

@@ -85,6 +85,15 @@ pub(crate) fn check_header(bytes: &[u8; HEADER], state_size: u64, bar2_size: u64
 }
 
 impl Head {
+    /// Bytes behind the head.
+    pub(crate) fn payload(self) -> u64 {
+        let count = u64::from(self.count);
+        match self.kind {
+            Kind::Pages => count * 4096,
+            Kind::Bar2 | Kind::Registers | Kind::Trailer => count,
+        }
+    }
+
     pub(crate) fn put(self, out: &mut Vec<u8>) {
         out.extend((self.kind as u32).to_le_bytes());
         out.extend(self.count.to_le_bytes());

@@ -73,6 +73,24 @@ impl LoadSession {
         }
     }
 
+    /// Whether `data` is the next record, all of it and nothing else: a transaction as the saver gave it
+    /// (V1-CHUNK).
+    fn is_whole_record(&self, data: &[u8]) -> bool {
+        match self.expect {
+            Expect::Header => data.len() == HEADER,
+            Expect::Head if self.part.is_empty() => data.first_chunk().is_some_and(|head| {
+                Head::get(head).is_ok_and(|head| data.len() as u64 == HEAD as u64 + head.payload())
+            }),
+            _ => false,
+        }
+    }
+
+    /// Nothing more is taken.
+    const fn refuse(&mut self, errno: Errno) -> Errno {
+        self.failed = Some(errno);
+        errno
+    }
+
     fn feed(&mut self, shared: &Shared, data: &[u8]) -> Result<(), Errno> {
         if let Some(errno) = self.failed {
             return Err(errno);
@@ -258,6 +276,9 @@ impl Loader for SoftLoader {
         {
             let mut load = self.shared.load();
             let load = load.as_mut().filter(|load| load.id == self.session).ok_or(Errno::ENODEV)?;
+            if self.shared.options.takes_whole_records() && !load.is_whole_record(data) {
+                return Err(load.refuse(Errno::EINVAL));
+            }
             load.feed(&self.shared, data)?;
         }
         if let Some(rate) = self.shared.options.load_rate {

@@ -216,7 +216,8 @@ impl Device for SoftDevice {
             areas: RegionAreas::Whole,
         });
         let mut flags = MigrationFlags::STOP_COPY;
-        flags.set(MigrationFlags::P2P, options.p2p);
+        let v1 = matches!(options.interface, MigrationInterface::V1(_));
+        flags.set(MigrationFlags::P2P, options.p2p && !v1);
         flags.set(MigrationFlags::PRE_COPY, options.precopy);
         Description {
             regions: vec![region(BAR0, reg::BAR0_SIZE, None), region(BAR2, options.bar2_size, mapping)],
@@ -231,7 +232,7 @@ impl Device for SoftDevice {
                 revision: 1,
             }),
             migration: Some(MigrationSupport {
-                interface: MigrationInterface::V2,
+                interface: options.interface.clone(),
                 flags,
                 dma_logging: options.dma_logging,
                 reinit: false,
@@ -240,7 +241,11 @@ impl Device for SoftDevice {
                 name: "airlift-softdevice".into(),
                 version: format::VERSION,
                 accepts: vec![format::VERSION],
-                interfaces: Vec::new(),
+                interfaces: options
+                    .accept_other_interface
+                    .then_some(options.other_interface())
+                    .into_iter()
+                    .collect(),
             },
         }
     }

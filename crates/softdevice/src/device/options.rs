@@ -1,6 +1,8 @@
 //! What kind of SoftDevice is to be made, the faults that it should show, and why one cannot be made.
 
-use airlift_core::{Arc, Errno};
+use super::format::{HEAD, RUN};
+use airlift_core::{Arc, Errno, Interface};
+use airlift_vfio_user::MigrationInterface;
 use std::time::Duration;
 
 /// How a device is made. The default is a device of 64 MiB that can do everything and fails in nothing.
@@ -21,6 +23,11 @@ pub struct SoftDeviceOptions {
     pub vectors: u32,
     /// Bytes of BAR2: a multiple of 4096, above 0, at most 16 MiB.
     pub bar2_size: u64,
+    /// Over which interface it is served. With v1 it has PRE_COPY, and no P2P whatever [`p2p`](Self::p2p)
+    /// says (V1-ARCS).
+    pub interface: MigrationInterface,
+    /// It also reads data that came over the other interface: its format is the same in both (V1-MIX).
+    pub accept_other_interface: bool,
     /// It has the PRE_COPY states.
     pub precopy: bool,
     /// It has the P2P states.
@@ -72,6 +79,8 @@ impl Default for SoftDeviceOptions {
             interrupt_every: 64,
             vectors: 8,
             bar2_size: 64 << 10,
+            interface: MigrationInterface::V2,
+            accept_other_interface: false,
             precopy: true,
             p2p: true,
             dma_logging: true,
@@ -112,6 +121,19 @@ pub enum SoftDeviceError {
         /// The most.
         max: u64,
     },
+    /// Interface v1 without PRE_COPY.
+    #[error("interface v1 without PRE_COPY: every device of interface v1 has it")]
+    PreCopy,
+    /// Whole transactions are wanted, and one of its own does not fit into the data section (V1-WHOLE).
+    #[error(
+        "a data section of {section} bytes for whole transactions: its largest record has {record} bytes"
+    )]
+    Whole {
+        /// Bytes of the section.
+        section: u64,
+        /// Bytes of the record.
+        record: u64,
+    },
     /// The system refused memory or a thread.
     #[error("cannot make the device's {what}")]
     System {
@@ -127,10 +149,32 @@ pub enum SoftDeviceError {
 }
 
 impl SoftDeviceOptions {
+    /// Bytes of the largest record that it writes: one transaction of interface v1, where the data section
+    /// has room for it.
+    #[must_use]
+    pub fn largest_record(&self) -> u64 {
+        let pages = (RUN * 4096) as u64;
+        HEAD as u64 + pages.max(self.bar2_size)
+    }
+
+    /// The interface that it is not served over.
+    pub(crate) const fn other_interface(&self) -> Interface {
+        match self.interface {
+            MigrationInterface::V1(_) => Interface::V2,
+            MigrationInterface::V2 => Interface::V1,
+        }
+    }
+
+    /// A write of the loader must be a record as the saver gave it.
+    pub(crate) const fn takes_whole_records(&self) -> bool {
+        matches!(&self.interface, MigrationInterface::V1(section) if section.whole_transactions)
+    }
+
+    pub(crate) const MAX_SECTION: u64 = 1 << 30;
     pub(crate) const MAX_STATE: u64 = 1 << 40;
     pub(crate) const MAX_BAR2: u64 = 16 << 20;
 
-    pub(crate) const fn check(&self) -> Result<(), SoftDeviceError> {
+    pub(crate) fn check(&self) -> Result<(), SoftDeviceError> {
         if self.state_size == 0 || !self.state_size.is_multiple_of(4096) || self.state_size > Self::MAX_STATE
         {
             let max = Self::MAX_STATE;
@@ -147,6 +191,19 @@ impl SoftDeviceOptions {
         if self.ring_rate > Self::MAX_RING_RATE {
             let max = Self::MAX_RING_RATE;
             return Err(SoftDeviceError::Range { what: "a ring rate", value: self.ring_rate, min: 0, max });
+        }
+        if let MigrationInterface::V1(section) = &self.interface {
+            let (value, max) = (section.size, Self::MAX_SECTION);
+            if value == 0 || value > max {
+                return Err(SoftDeviceError::Range { what: "a data section", value, min: 1, max });
+            }
+            let record = self.largest_record();
+            if section.whole_transactions && value < record {
+                return Err(SoftDeviceError::Whole { section: value, record });
+            }
+            if !self.precopy {
+                return Err(SoftDeviceError::PreCopy);
+            }
         }
         if matches!(self.load_rate, Some(0)) {
             let max = u64::MAX;

@@ -42,6 +42,7 @@ struct Held {
     /// Offset of the next byte to be read, of all repetitions.
     at: u64,
     stopped: bool,
+    given: Vec<usize>,
     incoming: Vec<u8>,
     rounds: Vec<usize>,
     taken: u64,
@@ -105,6 +106,12 @@ impl ServedDevice {
     #[must_use]
     pub fn state(&self) -> Vec<u8> {
         self.shared.held().state.clone()
+    }
+
+    /// Bytes of each transaction that it gave, since it was saved last.
+    #[must_use]
+    pub fn given(&self) -> Vec<usize> {
+        self.shared.held().given.clone()
     }
 
     /// Bytes of each round that it was given.
@@ -186,7 +193,10 @@ impl Device for Simple {
     }
 
     fn saver(&mut self) -> Result<Box<dyn Saver>, Errno> {
-        self.0.held().at = 0;
+        let mut held = self.0.held();
+        held.at = 0;
+        held.given.clear();
+        drop(held);
         Ok(Box::new(Self(self.0.clone())))
     }
 
@@ -225,6 +235,9 @@ impl Saver for Simple {
         buf.get_mut(..part.len()).ok_or(Errno::EINVAL)?.copy_from_slice(part);
         let count = part.len();
         held.at += count as u64;
+        if count > 0 && self.0.options.repeat == 0 {
+            held.given.push(count);
+        }
         Ok(count)
     }
 }

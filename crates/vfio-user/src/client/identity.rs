@@ -34,7 +34,10 @@ pub(super) fn state_format(client: &Client) -> Result<(StateFormat, bool), Devic
 
 /// What must be equal on the other side: regions, interrupts and PCI ids. The region `migration` is its
 /// interface's and no part of the device (V1-REGION).
-pub(super) fn facts(client: &Client, migration: Option<u32>) -> Result<BTreeMap<String, String>, DeviceError> {
+pub(super) fn facts(
+    client: &Client,
+    migration: Option<u32>,
+) -> Result<BTreeMap<String, String>, DeviceError> {
     let info = client.info()?;
     if info.num_regions > 128 || info.num_irqs > 128 {
         return Err(protocol(command::DEVICE_GET_INFO, "implausible numbers of regions"));

@@ -151,8 +151,7 @@ impl VfioUserRegion {
 
     fn send(&self, number: u16, offset: u64, count: usize, data: &[u8]) -> Result<Ticket, DeviceError> {
         // Not longer than a message: it fits.
-        let asked =
-            Access { offset, region: self.index, count: u32::try_from(count).unwrap_or(u32::MAX) };
+        let asked = Access { offset, region: self.index, count: u32::try_from(count).unwrap_or(u32::MAX) };
         let limit = if data.is_empty() { asked.count.saturating_add(64) } else { 4096 };
         self.client.channel().call().send(number, &[asked.as_bytes(), data], &[], limit)
     }
