@@ -6,10 +6,11 @@ use airlift::core::{
     Interrupter, LoadSession, MigrationDevice, PeerDma, Piece, PrecopyInfo, ResetPolicy, SaveSession,
     Session, Side, TransitionError,
 };
-use airlift::set::{ChunkSink, Quiesce, SetError, SinkClosed, StreamFault};
+use airlift::set::{ChunkSink, Quiesce, SetError, SetEvent, SinkClosed, StreamFault};
 use airlift::{DeviceSet, Environment};
 use airlift_stream::FrameBuf;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -173,6 +174,136 @@ fn sink() -> (Arc<dyn ChunkSink>, Receiver<u32>) {
 fn set(devices: &[&Fake]) -> DeviceSet {
     let devices = devices.iter().map(|d| Box::new((*d).clone()) as Box<dyn MigrationDevice>).collect();
     DeviceSet::new(devices, Side::Source, Environment::default()).unwrap()
+}
+
+/// Takes the first frames, and lets whoever brings another wait until it is closed.
+struct Stuffed {
+    /// Frames that are still taken.
+    room: AtomicUsize,
+    /// Says that somebody waits.
+    waits: Sender<()>,
+    gate: Receiver<()>,
+    /// Its end opens the gate.
+    shut: Mutex<Option<Sender<()>>>,
+}
+
+impl Stuffed {
+    fn new(room: usize) -> (Arc<dyn ChunkSink>, Receiver<()>) {
+        let (waits, waiting) = unbounded();
+        let (shut, gate) = bounded(0);
+        (Arc::new(Self { room: room.into(), waits, gate, shut: Mutex::new(Some(shut)) }), waiting)
+    }
+}
+
+impl ChunkSink for Stuffed {
+    fn buffer(&self, _device: u32, _wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
+        Ok(Some(FrameBuf::new(4096)))
+    }
+    fn send(&self, _device: u32, _frame: FrameBuf) -> Result<(), SinkClosed> {
+        let less = |room: usize| room.checked_sub(1);
+        if self.room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            return Ok(());
+        }
+        self.waits.send(()).unwrap();
+        let _ = self.gate.recv();
+        Err(SinkClosed)
+    }
+    fn close(&self) {
+        *self.shut.lock().unwrap() = None;
+    }
+}
+
+/// Every device answers, runs, and was not given up.
+fn assert_healthy(set: &mut DeviceSet, devices: &[&Fake]) {
+    for (id, state) in set.states(LONG) {
+        assert_eq!(state, Ok(DeviceState::Running), "{id}");
+    }
+    for report in set.reports() {
+        assert_eq!(report.quarantined, None, "{}", report.id);
+    }
+    assert!(devices.iter().all(|device| device.state_now() == DeviceState::Running));
+}
+
+fn assert_timed_out(error: &SetError, on: &str) {
+    match error {
+        SetError::Device { device, fault: StreamFault::Device(error) } => {
+            assert_eq!((device.as_str(), &error.kind), (on, &DeviceErrorKind::TimedOut), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+// I2
+#[test]
+fn a_destination_that_takes_nothing_costs_no_device_at_the_stop() {
+    let (a, b) = (Fake::new("a"), Fake::new("b"));
+    for devices in [&[&a][..], &[&a, &b]] {
+        // The beginnings of the streams are taken, the devices' data is not.
+        let (sink, waiting) = Stuffed::new(devices.len());
+        let saving = set(devices).start_saving(&sink, LONG).unwrap();
+        for _ in devices {
+            waiting.recv_timeout(LONG).unwrap();
+        }
+        let failed = saving.quiesce(Quiesce::default(), Duration::from_millis(200)).unwrap_err();
+        assert_timed_out(&failed.error, "a");
+        let mut back = failed.roll_back(ResetPolicy::Never, LONG);
+        assert!(back.fates.iter().all(|end| end.fate == Fate::Running), "{:?}", back.fates);
+        assert_healthy(&mut back.set, devices);
+        assert!(devices.iter().all(|device| !device.core.lock().unwrap().arcs.contains(&DeviceState::StopCopy)));
+    }
+}
+
+// I2
+#[test]
+fn a_destination_that_takes_nothing_costs_no_device_at_the_start() {
+    let a = Fake::new("a");
+    let (sink, _waiting) = Stuffed::new(0);
+    let failed = set(&[&a]).start_saving(&sink, Duration::from_millis(200)).unwrap_err();
+    assert_timed_out(&failed.error, "a");
+    let mut back = failed.roll_back(ResetPolicy::Never, LONG);
+    assert_healthy(&mut back.set, &[&a]);
+}
+
+// I2
+#[test]
+fn a_rollback_waits_in_no_sink() {
+    let a = Fake::new("a");
+    let (sink, waiting) = Stuffed::new(1);
+    let saving = set(&[&a]).start_saving(&sink, LONG).unwrap();
+    waiting.recv_timeout(LONG).unwrap();
+    // Nobody has closed the sink.
+    let mut back = saving.roll_back(ResetPolicy::Never, Duration::from_millis(200));
+    assert_eq!(back.fates[0].fate, Fate::Running);
+    assert_healthy(&mut back.set, &[&a]);
+}
+
+#[test]
+fn a_step_that_has_nothing_to_do_gives_no_device_up() {
+    let a = Fake::new("a");
+    a.core.lock().unwrap().state = DeviceState::Stop;
+    let mut set = set(&[&a]);
+    for _ in 0..100 {
+        set.pause(PeerDma::Possible, LONG).unwrap();
+    }
+    assert_eq!(set.reports()[0].quarantined, None);
+}
+
+#[test]
+fn a_read_that_fails_after_the_stop_is_told_before_anybody_asks_for_the_end() {
+    let mut broken = Fake::new("broken");
+    broken.broken_read = true;
+    let (sink, _frames) = sink();
+    let saving = set(&[&broken]).start_saving(&sink, LONG).unwrap();
+    let (stopped, _) = saving.quiesce(Quiesce::default(), LONG).unwrap();
+    match stopped.events().recv_timeout(LONG) {
+        Ok(SetEvent::Failed { device: 0, error: StreamFault::Device(error) }) => {
+            assert_eq!(error.kind, DeviceErrorKind::Lost);
+        }
+        other => panic!("{other:?}"),
+    }
+    // It is told again to whoever does.
+    let mut draining = stopped.drain(vec![None]);
+    assert!(matches!(draining.poll(LONG), Err(SetError::Device { .. })));
 }
 
 #[test]

@@ -149,6 +149,40 @@ fn a_source_device_that_dies_when_everything_has_left_it_changes_nothing() {
     assert_past_commit(&kill("source-device", "load"));
 }
 
+/// A fault at `phase`, with devices of interface v1 among the others.
+fn mixed(fault: &str, at: &str) -> Demo {
+    demo(&["--interface", "mixed", fault, at, "--retry"])
+}
+
+// I1, I2, I17: what happens between the two hosts does not depend on the interface.
+#[test]
+fn with_devices_of_interface_v1_the_guest_is_left_on_the_source_too() {
+    each(&BEFORE_COMMIT, |phase| {
+        assert_went_back(&mixed("--cut", phase), "aborted", 1);
+        assert_went_back(&mixed("--cancel", phase), "cancelled", 5);
+        // dev0 is the one with v1: it is what dies on the destination.
+        let killed = mixed("--kill", &format!("destination-device@{phase}"));
+        assert_went_back(&killed, "aborted", 1);
+        assert!(killed.result["error"].to_string().contains("dev0"), "{}", killed.story());
+    });
+    each(&FROM_COMMIT, |phase| {
+        assert_past_commit(&mixed("--kill", &format!("receiver@{phase}")));
+        assert_past_commit(&mixed("--cut", phase));
+    });
+}
+
+#[test]
+fn a_killed_source_device_of_interface_v1_is_named_and_the_others_run_on() {
+    each(&["precopy", "stop-copy"], |phase| {
+        let demo = mixed("--kill", &format!("source-device@{phase}"));
+        let story = demo.story();
+        assert_never_both(&demo);
+        assert_eq!((demo.code, &demo.result["error"]["device"]), (6, &"dev0".into()), "{story}");
+        assert_eq!(demo.result["source_running"], true, "{story}");
+        assert_eq!(demo.result["devices"][1]["verified"], true, "{story}");
+    });
+}
+
 // I17
 #[test]
 fn a_cancel_after_commit_is_refused_and_the_migration_completes() {

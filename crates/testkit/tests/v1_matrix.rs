@@ -70,6 +70,7 @@ fn every_layout_size_and_state_over_regions_in_memory() {
         assert_eq!(received, rounds(&sizes, section), "{case}");
         assert_eq!((source.state(), target.state()), (DeviceState::Stop, DeviceState::Running));
         assert_eq!([source.violations(), target.violations()].concat(), Vec::<String>::new(), "{case}");
+        assert_eq!((source.misplaced(), target.misplaced()), (0, 0), "{case}");
     }
 }
 

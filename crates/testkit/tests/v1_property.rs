@@ -399,6 +399,7 @@ impl Use {
         }
         self.set(DeviceState::Running);
         assert_eq!(self.double.violations(), Vec::<String>::new());
+        assert_eq!(self.double.misplaced(), 0);
     }
 }
 
@@ -454,6 +455,7 @@ proptest! {
         }
         prop_assert_eq!(here.violations(), Vec::<String>::new());
         prop_assert_eq!(there.violations(), Vec::<String>::new());
+        prop_assert_eq!((here.misplaced(), there.misplaced()), (0, 0));
     }
 
     // V1-RESET, V1-LOOP-ERROR: whatever goes wrong, a load that is said to be made is made.

@@ -216,16 +216,7 @@ fn crosses(layout: Layout) {
     assert_eq!(there.loaded(), Some(plan.data()), "{layout:?}");
 
     // Each byte went the way that its place has (V1-AREAS).
-    let (_, areas) = layout.areas(section);
-    let mapped = |at: u64| areas.iter().any(|area| at >= area.offset && at < area.offset + area.length);
-    for record in [here.records(), there.records()].concat() {
-        let range = record.offset..record.offset + record.length;
-        match record.access {
-            Access::ReadMapped | Access::WriteMapped => assert!(range.clone().all(mapped)),
-            Access::ReadTrapped | Access::WriteTrapped => assert!(!range.clone().any(mapped)),
-            _ => {}
-        }
-    }
+    assert_eq!((here.misplaced(), there.misplaced()), (0, 0), "{layout:?}");
     let ways = |device: &Double, way| device.count(way) > 0;
     let (some_mapped, some_trapped) = (layout != Layout::Trapped, layout != Layout::Mapped);
     assert_eq!(ways(&here, Access::ReadMapped), some_mapped);
@@ -704,6 +695,57 @@ fn a_state_that_nobody_asked_for_is_told_and_not_believed() {
         assert_eq!(error.reached, Ok(reached), "{wrong:?}");
         assert_eq!(device.state(), reached);
     }
+}
+
+// V1-READBACK, V1-PENDING
+#[test]
+fn a_stop_whose_read_back_fails_makes_no_end_of_an_old_zero() {
+    let plan = Plan::new(chunks(2), 0);
+    let device = double(plan.clone());
+    let mut user = user(&device);
+    let mut session = enter_save(&mut user, DeviceState::PreCopy);
+    assert_eq!(session.precopy_info().unwrap().unwrap().dirty_bytes, 0);
+    device.fail(Fault::next(Access::ReadState, EIO).after(1));
+    let error = user.set_state(DeviceState::StopCopy).unwrap_err();
+    assert_eq!((errno(&error), error.reached), (Some(Errno::EIO), Ok(DeviceState::StopCopy)));
+    // It is there, and gives what it has to whoever goes on.
+    for chunk in &plan.chunks {
+        assert_eq!(read_chunk(&mut *session), *chunk);
+    }
+    assert_eq!(session.read(&mut [0; 9]).unwrap(), Piece::End);
+    assert_clean(&device);
+}
+
+// V1-READBACK
+#[test]
+fn a_session_does_not_go_on_in_a_state_that_nobody_asked_for() {
+    let device = double(Plan::new(chunks(2), 2));
+    let mut user = user(&device);
+    let mut session = enter_save(&mut user, DeviceState::PreCopy);
+    read_chunk(&mut *session);
+    device.fail(Fault::next(Access::WriteState, Wrong::Into(STOP_COPY)));
+    let error = user.set_state(DeviceState::Running).unwrap_err();
+    assert_eq!(error.reached, Ok(DeviceState::StopCopy));
+    // The device begins anew there: what was read would come twice.
+    assert_eq!(session.read(&mut [0; 9]).unwrap_err().kind, DeviceErrorKind::Protocol);
+    user.set_state(DeviceState::Running).unwrap();
+    assert_clean(&device);
+}
+
+// V1-LOOP-ERROR, V1-OUTSTANDING
+#[test]
+fn a_session_that_has_failed_is_not_taken_to_the_stop() {
+    let device = double(Plan::new(chunks(2), 2));
+    let mut user = user(&device);
+    let mut session = enter_save(&mut user, DeviceState::PreCopy);
+    // The device has put a chunk there, and the user does not know where.
+    device.fail(Fault::next(Access::ReadOffset, Wrong::Answers(0)));
+    session.read(&mut [0; 9]).unwrap_err();
+    let error = user.set_state(DeviceState::StopCopy).unwrap_err();
+    assert_eq!(error.reached, Ok(DeviceState::PreCopy));
+    assert!(error.error.message.contains("saving has failed"), "{error}");
+    user.set_state(DeviceState::Running).unwrap();
+    assert_clean(&device);
 }
 
 // V1-READBACK

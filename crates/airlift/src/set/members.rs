@@ -2,8 +2,8 @@
 
 use super::recorder::Recorder;
 use super::save::SaveStatus;
-use super::sink::{SetEvent, StreamFault};
-use super::worker::{NoAnswer, Post, Worker};
+use super::sink::{ChunkSink, SetEvent, StreamFault};
+use super::worker::{Answer, NoAnswer, Post, Worker};
 use crate::control::Gauges;
 use crate::event::Event;
 use airlift_core::{
@@ -103,6 +103,18 @@ pub(super) struct Members {
     pub(super) recorder: Recorder,
     pub(super) gauges: Arc<Gauges>,
     pub(super) events: Receiver<SetEvent>,
+    /// Where the devices' data goes, and the first of them that was late because of it.
+    way: Way,
+}
+
+/// The way of the data of devices that are being saved.
+#[derive(Default)]
+enum Way {
+    #[default]
+    None,
+    Open(Arc<dyn ChunkSink>),
+    /// Closed, because this device did not answer.
+    ClosedFor(usize),
 }
 
 /// One answer of each device that was asked.
@@ -140,6 +152,7 @@ impl Members {
             recorder,
             gauges,
             events,
+            way: Way::None,
         })
     }
 
@@ -171,8 +184,54 @@ impl Members {
         self.ids.iter().position(|other| other == id)
     }
 
+    /// The devices' data goes to `sink` from now on.
+    pub(super) fn open_way(&mut self, sink: &Arc<dyn ChunkSink>) {
+        self.way = Way::Open(Arc::clone(sink));
+    }
+
+    /// No device is being saved any more.
+    pub(super) fn forget_way(&mut self) {
+        self.way = Way::None;
+    }
+
+    /// Ends the devices' waits in the sink, for a device that is late. `false`: nothing is being saved.
+    fn close_way(&mut self, index: usize) -> bool {
+        if let Way::Open(sink) = &self.way {
+            tracing::warn!(device = %self.ids[index], "no answer in time: the way of the devices' data is closed");
+            sink.close();
+            self.way = Way::ClosedFor(index);
+        }
+        matches!(self.way, Way::ClosedFor(_))
+    }
+
+    /// What a step of saving has given, unless its time was spent on waiting for the other side: without
+    /// its data's way, a device that has answered since cannot be saved, but it is a healthy one (I2).
+    pub(super) fn in_time<T>(
+        &self,
+        result: Result<T, SetError>,
+        deadline: Duration,
+    ) -> Result<T, SetError> {
+        let Way::ClosedFor(index) = self.way else { return result };
+        match result {
+            Err(error) if !matches!(error, SetError::Device { fault: StreamFault::Closed(_), .. }) => {
+                Err(error)
+            }
+            _ => {
+                let why = format!(
+                    "no answer within {deadline:?}: it waited for the other side to take its data, or is slow"
+                );
+                let error = DeviceError::new(DeviceErrorKind::TimedOut, "device worker", why);
+                Err(SetError::Device {
+                    device: self.ids[index].clone(),
+                    fault: StreamFault::Device(error),
+                })
+            }
+        }
+    }
+
     /// Asks the devices in `which` at the same time and waits for all. One that does not answer in
-    /// time is interrupted, and given up if that does not help.
+    /// time is freed from waiting for the other side, then interrupted, and given up if that does not
+    /// help.
     pub(super) fn ask<R: Send + 'static, F>(
         &mut self,
         which: &[usize],
@@ -196,23 +255,29 @@ impl Members {
                     Err(NoAnswer::Dead) => {
                         Err(self.quarantine(index, DeviceErrorKind::Lost, "its worker has ended"))
                     }
-                    Err(NoAnswer::Late) => {
-                        let woken = self.workers[index].as_ref().is_some_and(Worker::interrupt);
-                        let grace = if woken { GRACE } else { Duration::ZERO };
-                        match answer.wait(Instant::now() + grace) {
-                            Ok(result) => Ok(result),
-                            Err(_) => Err(self.quarantine(
-                                index,
-                                DeviceErrorKind::TimedOut,
-                                &format!("no answer within {deadline:?}"),
-                            )),
-                        }
-                    }
+                    Err(NoAnswer::Late) => self.wake(index, &answer).ok_or_else(|| {
+                        let why = format!("no answer within {deadline:?}");
+                        self.quarantine(index, DeviceErrorKind::TimedOut, &why)
+                    }),
                 },
             };
             answers.push((index, result));
         }
         answers
+    }
+
+    /// The answer of a device that is late, if it comes after all.
+    fn wake<R>(&mut self, index: usize, answer: &Answer<R>) -> Option<R> {
+        // An interrupter wakes a call of the device, never a wait in the sink. Where that was all, the call
+        // that follows it need not be interrupted.
+        if self.close_way(index)
+            && let Ok(result) = answer.wait(Instant::now() + GRACE)
+        {
+            return Some(result);
+        }
+        let woken = self.workers[index].as_ref().is_some_and(Worker::interrupt);
+        let grace = if woken { GRACE } else { Duration::ZERO };
+        answer.wait(Instant::now() + grace).ok()
     }
 
     /// Every device that has not been given up.
@@ -331,12 +396,15 @@ impl Members {
         if let [only] = self.present()[..] {
             let mut own: Vec<F> =
                 jobs.into_iter().flatten().filter(|(index, _)| *index == only).map(|(_, job)| job).collect();
+            if own.is_empty() {
+                return Ok(done);
+            }
             let deadline = deadline.saturating_mul(u32::try_from(own.len()).unwrap_or(1));
             let answers = self.ask(&[only], deadline, |_| {
                 let own = std::mem::take(&mut own);
                 move |post: &mut Post| own.into_iter().map(|job| job(post)).collect::<Result<Vec<R>, _>>()
             });
-            for (index, results) in self.all_ok(answers)? {
+            for (index, results) in self.in_time(self.all_ok(answers), deadline)? {
                 done.extend(results.into_iter().map(|result| (index, result)));
             }
             return Ok(done);
@@ -354,7 +422,7 @@ impl Members {
                     )
                 }
             });
-            done.extend(self.all_ok(answers)?);
+            done.extend(self.in_time(self.all_ok(answers), deadline)?);
         }
         Ok(done)
     }
@@ -368,6 +436,7 @@ impl Members {
                 post.state()
             }
         });
+        self.forget_way();
         let devices = found
             .into_iter()
             .map(|(index, answer)| ResumeDevice {

@@ -285,13 +285,14 @@ impl Outgoing {
     /// while others save the machine's records.
     pub(super) fn step(&mut self, now: Timestamp) -> Result<Step, StreamFault> {
         if matches!(self.stream.stopped, Stopped::Reading) {
-            return Ok(match self.read_stopped(ROOM_WAIT) {
-                Ok(()) => Step::Again,
+            return match self.read_stopped(ROOM_WAIT) {
+                Ok(()) => Ok(Step::Again),
+                // Told at once, and again to whoever asks for the end.
                 Err(fault) => {
-                    self.stream.stopped = Stopped::Failed(fault);
-                    Step::Parked
+                    self.stream.stopped = Stopped::Failed(fault.clone());
+                    Err(fault)
                 }
-            });
+            };
         }
         let settled = self.stream.settling && self.stream.transactions && !self.stream.is_mid_transaction();
         if !self.stream.streaming || settled {

@@ -37,6 +37,7 @@ impl DeviceSet {
         if let Err(error) = self.members.all_ok(states) {
             return Err(FailedSet::new(self.members, error));
         }
+        self.members.open_way(sink);
         let which = self.members.present();
         let gauges = Arc::clone(&self.members.gauges);
         let precopy: Vec<bool> =
@@ -47,7 +48,7 @@ impl DeviceSet {
             let precopy = precopy[index];
             move |post: &mut Post| post.begin_saving(sink, gauges, precopy)
         });
-        match self.members.all_ok(answers) {
+        match self.members.in_time(self.members.all_ok(answers), deadline) {
             Ok(_) => Ok(SavingSet { members: self.members }),
             Err(error) => Err(FailedSet::new(self.members, error)),
         }
@@ -207,7 +208,7 @@ impl SavingSet {
         let mut which = self.members.present();
         which.retain(|&index| self.members.capabilities(index).interface == Interface::V1);
         let answers = self.members.ask(&which, deadline, |_| Post::settle);
-        self.members.all_ok(answers).map(drop)
+        self.members.in_time(self.members.all_ok(answers).map(drop), deadline)
     }
 
     /// No device is in the middle of a transaction. Stays so after [`settle`](Self::settle).
@@ -226,7 +227,9 @@ impl SavingSet {
     /// (V2-REINIT): their switchover may be slower than estimated.
     ///
     /// # Errors
-    /// When the devices cannot be stopped together, or one fails.
+    /// When the devices cannot be stopped together, or one fails. When one does not answer within
+    /// `deadline`, the sink is closed: it may be the other side that it waits for, and a device is not given
+    /// up for that.
     pub fn quiesce(
         mut self,
         how: Quiesce,
@@ -239,7 +242,8 @@ impl SavingSet {
     }
 
     fn stop_in_order(&mut self, how: Quiesce, deadline: Duration) -> Result<Vec<DeviceId>, SetError> {
-        let devices = self.members.plan_devices(deadline)?;
+        let devices = self.members.plan_devices(deadline);
+        let devices = self.members.in_time(devices, deadline)?;
         let mut plan = QuiescePlan::new(&devices, how.peer_dma)?;
         if how.skip_p2p {
             plan = plan.skip_p2p();
@@ -288,6 +292,12 @@ impl StoppedSet {
         self.members.ids()
     }
 
+    /// What workers find by themselves, from before the stop on: [`SetEvent::Failed`].
+    #[must_use]
+    pub fn events(&self) -> Receiver<SetEvent> {
+        self.members.events.clone()
+    }
+
     /// Reads every device to its end, at the same time; workers have begun to by themselves. `configs` are the devices'
     /// configuration records, by position in the set; a device without one has `None`.
     #[must_use]
@@ -304,7 +314,7 @@ impl StoppedSet {
         Draining { members: self.members, drains }
     }
 
-    /// Every device back to what it was. The sink must have been closed, so that no worker waits in it.
+    /// Every device back to what it was. The sink is best closed before: a worker that waits in it is waited for until `deadline`.
     #[must_use]
     pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
         roll_back(self.members, policy, deadline)
@@ -389,7 +399,7 @@ impl Draining {
         }
     }
 
-    /// Every device back to what it was. The sink must have been closed, so that no worker waits in it.
+    /// Every device back to what it was. The sink is best closed before: a worker that waits in it is waited for until `deadline`.
     #[must_use]
     pub fn roll_back(self, policy: ResetPolicy, deadline: Duration) -> RolledBack {
         roll_back(self.members, policy, deadline)
@@ -419,6 +429,7 @@ impl DrainedSet {
     /// downtime. A device that fails is reported and given up; nothing depends on it any more.
     #[must_use]
     pub fn finish(mut self, deadline: Duration) -> (DeviceSet, Vec<SetError>) {
+        self.members.forget_way();
         let which = self.members.present();
         let answers = self.members.ask(&which, deadline, |_| {
             |post: &mut Post| {

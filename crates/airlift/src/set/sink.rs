@@ -26,6 +26,14 @@ pub trait ChunkSink: Send + Sync {
     /// # Errors
     /// When the way is closed.
     fn send(&self, device: u32, frame: FrameBuf) -> Result<(), SinkClosed>;
+
+    /// Ends the way for all devices: whoever waits in one of the other calls comes back with
+    /// [`SinkClosed`], and so does every later call. Must not wait; may be called more than once.
+    ///
+    /// It is called when a device's worker did not answer in time: what it waits for can be the other
+    /// side. A sink whose calls can wait for longer than a step's deadline must implement it, or the device
+    /// is given up although nothing is wrong with it.
+    fn close(&self) {}
 }
 
 /// Something that a device's worker found by itself.

@@ -11,7 +11,7 @@ use super::session::{Session, Wake};
 use super::setup::Moving;
 use crate::event::Event;
 use crate::memory::{Sweep, SweepStats};
-use crate::set::{SaveStatus, SavingSet, SetError, SetEvent, ms};
+use crate::set::{SaveStatus, SavingSet, ms};
 use crate::wire::control::ControlLink;
 use airlift_core::{
     Convergence, ConvergenceConfig, Decision, DeviceLeft, DeviceTerms, DowntimeEstimate, Errno,
@@ -140,7 +140,7 @@ fn settle(session: &mut Session, set: &mut SavingSet) -> bool {
     let events = set.events();
     while !set.is_settled() {
         match session.wait::<()>(Some(&events), None, GLANCE) {
-            Wake::Set(event) => fail_on(session, set, *event),
+            Wake::Set(event) => session.fail_on(Phase::Precopy, *event),
             Wake::Message(message) => session.unexpected(&message),
             Wake::Other(_) | Wake::Time => {}
             Wake::Ordered => return false,
@@ -244,14 +244,14 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
                 written = true
             }
             Wake::Message(message) => session.unexpected(&message),
-            Wake::Set(event) => fail_on(session, set, *event),
+            Wake::Set(event) => session.fail_on(Phase::Precopy, *event),
             Wake::Other(Some(Ok((map, swept)))) => {
-                if moving.sink.outbound().end_round(round).is_err() {
-                    memory_failed(session, "its connection has ended");
-                }
                 stats = Some(swept);
                 sweeping = session.now().since(begun);
                 answer_by = Some(session.now().after(session.options.deadlines.stop_copy));
+                if moving.sink.outbound().end_round(round).is_err() {
+                    memory_failed(session, "its connection has ended");
+                }
                 if let Some(tracking) = &mut session.undo.tracking {
                     tracking.recycle(map);
                 }
@@ -286,13 +286,6 @@ fn memory_failed(session: &mut Session, error: &str) {
     if !session.fallen() {
         session.fail(Failure::new(Side::Source, Phase::Precopy, format!("memory cannot be sent: {error}")));
     }
-}
-
-fn fail_on(session: &mut Session, set: &SavingSet, event: SetEvent) {
-    let SetEvent::Failed { device, error } = event else { return };
-    let Some(id) = usize::try_from(device).ok().and_then(|i| set.ids().get(i)) else { return };
-    let error = SetError::Device { device: id.clone(), fault: error };
-    session.fail_set(Phase::Precopy, error);
 }
 
 fn sync(session: &mut Session, known: &mut Known) -> Result<(), Failure> {

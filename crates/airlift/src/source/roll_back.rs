@@ -6,7 +6,7 @@
 use super::Ended;
 use super::session::Session;
 use crate::event::Event;
-use crate::set::{DeviceSet, DrainedSet, Draining, FailedSet, RolledBack, SavingSet, StoppedSet};
+use crate::set::{ChunkSink, DeviceSet, DrainedSet, Draining, FailedSet, RolledBack, SavingSet, StoppedSet};
 use airlift_core::commit::SourceInput;
 use airlift_core::{Failure, Fate, Phase, Side};
 use std::time::Duration;

@@ -233,6 +233,14 @@ impl Session {
         self.fail(error.into_failure(Side::Source, phase));
     }
 
+    /// A device's worker says something; a device that has failed ends the migration.
+    pub(super) fn fail_on(&mut self, phase: Phase, event: SetEvent) {
+        let SetEvent::Failed { device, error } = event else { return };
+        let Some(id) = usize::try_from(device).ok().and_then(|index| self.ids.get(index)) else { return };
+        let error = SetError::Device { device: id.clone(), fault: error };
+        self.fail_set(phase, error);
+    }
+
     /// The machine refused something.
     pub(super) fn fail_machine(&mut self, phase: Phase, error: &MachineError) {
         self.fail(Failure::new(Side::Source, phase, format!("the machine: {error}")).with_errno(error.errno));

@@ -7,16 +7,19 @@ use super::setup::Moving;
 use crate::interrupts;
 use crate::machine::{MachineRecord, RecordOwner};
 use crate::memory::Sweep;
-use crate::set::{DrainedSet, Draining, StoppedSet};
-use crate::wire::outbound::Cargo;
+use crate::set::{DrainedSet, Draining, SetEvent, StoppedSet};
 use airlift_core::{Errno, Failure, Phase, Side};
 use airlift_stream::machine_record::{ENGINE_PREFIX, RecordRef, seal_record};
 use airlift_stream::message::Trailer;
 use airlift_stream::{FrameBuf, Message};
+use crossbeam_channel::Receiver;
 use std::time::Duration;
 
 /// How long to look at the devices before the inbox is looked at again.
 const GLANCE: Duration = Duration::from_millis(1);
+
+/// How long a record waits for a place on a connection before the inbox is looked at.
+const PLACE_WAIT: Duration = Duration::from_millis(10);
 
 /// How long the VMM's transfer of memory is waited for at a time.
 const BARRIER_SLICE: Duration = Duration::from_millis(100);
@@ -25,10 +28,12 @@ pub(super) fn run(session: &mut Session, set: StoppedSet, moving: Moving) -> Res
     if !session.enter(Phase::StopCopy) {
         return Err(Standing::Stopped(set));
     }
-    let records = match records_and_sync(session) {
+    let records = match records_and_sync(session, &set.events()) {
         Ok(records) => records,
-        Err(failure) => {
-            session.fail(failure);
+        Err(halt) => {
+            if let Halt::Failed(failure) = halt {
+                session.fail(*failure);
+            }
             return Err(Standing::Stopped(set));
         }
     };
@@ -65,13 +70,32 @@ pub(super) fn run(session: &mut Session, set: StoppedSet, moving: Moving) -> Res
     finish_streams(session, set, &moving)
 }
 
+/// Why the machine's part was not gone through to its end.
+enum Halt {
+    Failed(Box<Failure>),
+    /// The migration has failed already.
+    Fallen,
+}
+
+impl From<Failure> for Halt {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(Box::new(failure))
+    }
+}
+
 fn fail(message: String) -> Failure {
     Failure::new(Side::Source, Phase::StopCopy, message)
 }
 
 /// The machine's part of the downtime, in its order. The records may write guest memory, so that the
 /// last sync comes after them (I13, V2-DIRTY-FINAL).
-fn records_and_sync(session: &mut Session) -> Result<Vec<MachineRecord>, Failure> {
+///
+/// Between its steps the devices, which give their data meanwhile, and the inbox are looked at: what has
+/// failed, or was cancelled, need not wait for the steps that are left.
+fn records_and_sync(
+    session: &mut Session,
+    events: &Receiver<SetEvent>,
+) -> Result<Vec<MachineRecord>, Halt> {
     let machine_failed =
         |e: crate::machine::MachineError| fail(format!("the machine: {e}")).with_errno(e.errno);
     let early = session.options.test.sync_before_records;
@@ -81,22 +105,37 @@ fn records_and_sync(session: &mut Session) -> Result<Vec<MachineRecord>, Failure
     let begun = session.now();
     let pending = session.machine.drain_interrupts().map_err(machine_failed)?;
     session.undo.pending.clone_from(&pending);
+    look(session, events)?;
     let mut records = session.machine.save_records().map_err(machine_failed)?;
     if records.iter().any(|r| r.owner == RecordOwner::Machine && r.name.starts_with(ENGINE_PREFIX)) {
         return Err(fail(format!(
             "the machine saved a record whose name begins with {ENGINE_PREFIX}: those are the engine's own"
-        )));
+        ))
+        .into());
     }
+    look(session, events)?;
     if let Some(record) = interrupts::record(&pending).map_err(fail)? {
         records.push(record);
     }
     session.machine.release_shared().map_err(machine_failed)?;
     session.undo.released = true;
     session.figures.records = session.now().since(begun);
+    look(session, events)?;
     if !early {
         final_sync(session)?;
+        look(session, events)?;
     }
     Ok(records)
+}
+
+/// What has happened meanwhile, without waiting.
+fn look(session: &mut Session, events: &Receiver<SetEvent>) -> Result<(), Halt> {
+    session.catch_up();
+    while !session.fallen() {
+        let Ok(event) = events.try_recv() else { return Ok(()) };
+        session.fail_on(Phase::StopCopy, event);
+    }
+    Err(Halt::Fallen)
 }
 
 fn final_sync(session: &mut Session) -> Result<(), Failure> {
@@ -117,9 +156,17 @@ fn send_record(session: &mut Session, moving: &Moving, position: u64, record: &M
         session.fail(fail(format!("the record {}: {error}", record.name)));
         return false;
     }
-    if moving.sink.outbound().send_anywhere(buffer, Cargo::Once).is_err() {
-        lost(session, "the data connections are closed");
-        return false;
+    let mut waiting = Some(buffer);
+    while let Some(buffer) = waiting.take() {
+        let Ok(back) = moving.sink.outbound().offer_once(buffer, PLACE_WAIT) else {
+            lost(session, "the data connections are closed");
+            return false;
+        };
+        waiting = back;
+        session.catch_up();
+        if session.fallen() {
+            return false;
+        }
     }
     true
 }

@@ -92,13 +92,6 @@ impl CreditedSink {
         self.outbound.is_busy() || self.room().devices.iter().any(|own| own.frames == 0)
     }
 
-    /// Wakes everyone who waits for room; nothing is sent any more.
-    pub(crate) fn close(&self) {
-        self.room().closed = true;
-        self.more.notify_all();
-        self.outbound.abort();
-    }
-
     pub(crate) fn outbound(&self) -> &Outbound {
         &self.outbound
     }
@@ -144,6 +137,13 @@ impl ChunkSink for CreditedSink {
             own.sent.push_back(length);
             own.in_flight = own.in_flight.saturating_add(length);
         }
-        self.outbound.send_anywhere(frame, Cargo::Device)
+        self.outbound.send_device(frame)
+    }
+
+    /// Wakes everyone who waits for room or for a connection; nothing is sent any more.
+    fn close(&self) {
+        self.room().closed = true;
+        self.more.notify_all();
+        self.outbound.abort();
     }
 }

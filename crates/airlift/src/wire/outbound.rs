@@ -1,5 +1,9 @@
 //! Data frames out: one sending thread for each data connection, fed by a short queue.
 //!
+//! A worker may wait for a place in a queue for as long as the other side takes; only the end of the way
+//! ends that. The session's thread must not: what it says to every connection needs no place, and its
+//! own frames wait for a bounded time.
+//!
 //! Buffers are used again: whoever fills one waits until a sender has let go of one, which is what
 //! bounds memory on this side. Device data and memory have buffers of their own: the destination's
 //! receive budget bounds the size of device frames alone. A frame that is queued is complete with
@@ -13,13 +17,14 @@ use airlift_core::Gpa;
 use airlift_stream::message::DataCount;
 use airlift_stream::pages::lane;
 use airlift_stream::{FrameBuf, HEADER_LEN, Message};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded, unbounded};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Frames that wait for one connection at most.
+/// Frames that wait for one connection at most. What a session says beside them, one ROUND_END that is not
+/// answered and one FINAL, is not among them.
 const QUEUE: usize = 2;
 
 /// Bytes of all buffers for device data together, and of all buffers for memory: half of what this
@@ -113,7 +118,24 @@ impl Stock {
 #[derive(Debug)]
 struct Lane {
     queue: Sender<Item>,
+    /// Holds a value for each frame in the queue, and has no room for more.
+    places: Sender<()>,
     stream: Arc<Stream>,
+}
+
+impl Lane {
+    /// Takes a place in the queue. `false`: none became free within `wait`; without one, it waits until the
+    /// connection has ended.
+    fn take_place(&self, wait: Option<Duration>) -> Result<bool, SinkClosed> {
+        match wait {
+            None => self.places.send(()).map(|()| true).map_err(|_| SinkClosed),
+            Some(wait) => match self.places.send_timeout((), wait) {
+                Ok(()) => Ok(true),
+                Err(SendTimeoutError::Timeout(())) => Ok(false),
+                Err(SendTimeoutError::Disconnected(())) => Err(SinkClosed),
+            },
+        }
+    }
 }
 
 /// The data connections of a source.
@@ -156,12 +178,14 @@ impl Outbound {
         let aborted = Arc::new(AtomicBool::new(false));
         let mut lanes = Vec::with_capacity(streams.len());
         for (index, stream) in streams.into_iter().enumerate() {
-            let (queue, items) = bounded(QUEUE);
+            let (queue, items) = unbounded();
+            let (places, taken) = bounded(QUEUE);
             let stream = Arc::new(stream);
             let sender = LaneSender {
                 index,
                 stream: Arc::clone(&stream),
                 items,
+                taken,
                 shelves: shelves.clone(),
                 sent: Arc::clone(&sent),
                 unsent: Arc::clone(&unsent),
@@ -170,7 +194,7 @@ impl Outbound {
                 on_loss: Arc::clone(on_loss),
             };
             spawner.spawn(Role::Sender, &format!("send-{index}"), Box::new(move || sender.run()))?;
-            lanes.push(Lane { queue, stream });
+            lanes.push(Lane { queue, places, stream });
         }
         let lanes = Arc::new(lanes);
         Ok(Self { lanes, shelves, next: Arc::default(), sent, unsent, finished, aborted })
@@ -196,8 +220,10 @@ impl Outbound {
 
     /// Sends over the connection that its block of memory belongs to (W-MEMORY-LANE).
     pub(crate) fn send_memory(&self, at: Gpa, frame: FrameBuf) -> Result<(), SinkClosed> {
-        let index = self.lane_of(at);
-        self.put(index, Item::Frame(frame, Cargo::Memory))
+        let lane = self.lanes.get(self.lane_of(at)).ok_or(SinkClosed)?;
+        self.check_open()?;
+        lane.take_place(None)?;
+        self.put(lane, Item::Frame(frame, Cargo::Memory))
     }
 
     /// The connection of the block around `at`.
@@ -211,21 +237,38 @@ impl Outbound {
         self.lanes.len()
     }
 
-    /// Sends over the connection with the shortest queue.
-    pub(crate) fn send_anywhere(&self, frame: FrameBuf, cargo: Cargo) -> Result<(), SinkClosed> {
-        let start = self.next.fetch_add(1, Ordering::Relaxed);
-        let count = self.lanes.len().max(1);
-        let best = (0..count)
-            .map(|i| (start + i) % count)
-            .min_by_key(|i| self.lanes.get(*i).map_or(usize::MAX, |l| l.queue.len()));
-        self.put(best.unwrap_or(0), Item::Frame(frame, cargo))
+    /// Sends a frame of a device over the connection with the shortest queue, however long that takes.
+    pub(crate) fn send_device(&self, frame: FrameBuf) -> Result<(), SinkClosed> {
+        let lane = self.shortest()?;
+        lane.take_place(None)?;
+        self.put(lane, Item::Frame(frame, Cargo::Device))
     }
 
-    fn put(&self, index: usize, item: Item) -> Result<(), SinkClosed> {
-        if self.aborted.load(Ordering::Acquire) {
-            return Err(SinkClosed);
+    /// Sends a frame of its own size over the connection with the shortest queue; gives it back when
+    /// there is no place for it within `wait`.
+    pub(crate) fn offer_once(&self, frame: FrameBuf, wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
+        let lane = self.shortest()?;
+        if !lane.take_place(Some(wait))? {
+            return Ok(Some(frame));
         }
-        let lane = self.lanes.get(index).ok_or(SinkClosed)?;
+        self.put(lane, Item::Frame(frame, Cargo::Once)).map(|()| None)
+    }
+
+    fn check_open(&self) -> Result<(), SinkClosed> {
+        if self.aborted.load(Ordering::Acquire) { Err(SinkClosed) } else { Ok(()) }
+    }
+
+    fn shortest(&self) -> Result<&Lane, SinkClosed> {
+        self.check_open()?;
+        let start = self.next.fetch_add(1, Ordering::Relaxed);
+        let count = self.lanes.len().max(1);
+        let lanes = (0..count).filter_map(|i| self.lanes.get((start + i) % count));
+        lanes.min_by_key(|lane| lane.queue.len()).ok_or(SinkClosed)
+    }
+
+    /// Puts an item into a queue, at once: a frame has its place already.
+    fn put(&self, lane: &Lane, item: Item) -> Result<(), SinkClosed> {
+        self.check_open()?;
         self.unsent.fetch_add(1, Ordering::Relaxed);
         lane.queue.send(item).map_err(|_| {
             self.unsent.fetch_sub(1, Ordering::Relaxed);
@@ -244,13 +287,15 @@ impl Outbound {
     }
 
     /// Says on every connection, behind what is queued, that all memory of `round` has been sent (W-ROUND).
+    /// Does not wait; no other round may begin before this one is answered, which bounds what is queued.
     pub(crate) fn end_round(&self, round: u32) -> Result<(), SinkClosed> {
-        (0..self.lanes.len()).try_for_each(|index| self.put(index, Item::RoundEnd(round)))
+        self.lanes.iter().try_for_each(|lane| self.put(lane, Item::RoundEnd(round)))
     }
 
-    /// Closes every connection with its FINAL, behind what is queued. All data must have been given.
+    /// Closes every connection with its FINAL, behind what is queued. All data must have been given. Does
+    /// not wait: [`finished`](Self::finished) says when it is done.
     pub(crate) fn finish(&self) -> Result<(), SinkClosed> {
-        (0..self.lanes.len()).try_for_each(|index| self.put(index, Item::Final))
+        self.lanes.iter().try_for_each(|lane| self.put(lane, Item::Final))
     }
 
     /// Gives a value, once, when every FINAL has been given to its connection.
@@ -271,6 +316,8 @@ struct LaneSender {
     index: usize,
     stream: Arc<Stream>,
     items: Receiver<Item>,
+    /// Places in the queue that are taken.
+    taken: Receiver<()>,
     shelves: Shelves,
     sent: Arc<AtomicU64>,
     unsent: Arc<AtomicUsize>,
@@ -287,6 +334,8 @@ impl LaneSender {
         while let Ok(item) = self.items.recv() {
             let result = match item {
                 Item::Frame(frame, cargo) => {
+                    // Its place was taken before it was queued.
+                    let _ = self.taken.try_recv();
                     let result = match frame.sealed() {
                         Some(whole) => {
                             frames += 1;
@@ -328,7 +377,12 @@ impl LaneSender {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails where it must")]
+
     use super::*;
+    use crate::spawn::StdSpawner;
+    use airlift_stream::machine_record::{RecordRef, seal_record};
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn buffers_stay_within_a_budget_and_are_always_one_more_than_can_be_held() {
@@ -347,5 +401,33 @@ mod tests {
         let stock = Stock::of(1, 1, 100_000);
         assert_eq!(stock.device_body, 100_000);
         assert!(stock.memory_count >= 6);
+    }
+
+    /// A frame that no socket takes as a whole.
+    fn large() -> FrameBuf {
+        let mut frame = FrameBuf::new(4 << 20);
+        seal_record(&mut frame, RecordRef { name: "r", data: &vec![0; (4 << 20) - 3] }, 0).unwrap();
+        frame
+    }
+
+    // I16, W-ROUND
+    #[test]
+    fn what_a_session_says_does_not_wait_for_a_side_that_takes_nothing() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let on_loss: OnLoss = Arc::new(|_, _| ());
+        let outbound = Outbound::new(vec![ours.into()], 1 << 20, 1, &StdSpawner, &on_loss).unwrap();
+        let brief = Duration::from_millis(20);
+        let mut sent = 0;
+        // One is under way and the queue is full: the next is given back, and no more are kept.
+        while outbound.offer_once(large(), brief).unwrap().is_none() {
+            sent += 1;
+            assert!(sent <= QUEUE + 1, "the queue has no bound");
+        }
+        let (done, told) = bounded(1);
+        let clone = outbound.clone();
+        std::thread::spawn(move || done.send((clone.end_round(7), clone.finish())));
+        assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok((Ok(()), Ok(()))));
+        outbound.abort();
+        assert_eq!(outbound.finish(), Err(SinkClosed));
     }
 }

@@ -15,7 +15,8 @@ use crate::json::{ErrorView, Output};
 use crate::lines::Bystander;
 use crate::render;
 use airlift::Running;
-use airlift_core::{Capabilities, DeviceIdentity, DeviceState, Interface};
+use airlift_core::v1::MigrationRegion;
+use airlift_core::{Capabilities, DeviceIdentity, DeviceState, Interface, RegionArea};
 use host::Host;
 use serde::Serialize;
 use std::borrow::Cow;
@@ -38,6 +39,8 @@ struct Probed {
     dma_logging: bool,
     reinit: bool,
     identity: Option<DeviceIdentity>,
+    /// For a device of interface v1.
+    migration_region: Option<RegionView>,
     /// For a vfio-user device.
     protocol: Option<Protocol>,
     /// For a device of the kernel.
@@ -47,6 +50,44 @@ struct Probed {
     /// What is missing, with its consequence and what to do.
     missing: Vec<Missing>,
     error: Option<ErrorView>,
+}
+
+/// The migration region of interface v1.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct RegionView {
+    /// Its number.
+    index: u32,
+    /// Bytes.
+    size: u64,
+    /// Bytes of the data section at the most.
+    data_section: u64,
+    /// What is mapped here, in the device's order.
+    mapped: Vec<AreaView>,
+    /// Why a part that could be mapped is not.
+    not_mapped: Option<String>,
+    /// It takes a transaction only as its source gave it.
+    whole_transactions: bool,
+}
+
+/// A part of a region.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct AreaView {
+    offset: u64,
+    length: u64,
+}
+
+impl From<&MigrationRegion> for RegionView {
+    fn from(region: &MigrationRegion) -> Self {
+        let view = |area: &RegionArea| AreaView { offset: area.offset, length: area.length };
+        Self {
+            index: region.index,
+            size: region.size,
+            data_section: region.data_section,
+            mapped: region.mapped.iter().map(view).collect(),
+            not_mapped: region.unmapped.clone(),
+            whole_transactions: region.whole_transactions,
+        }
+    }
 }
 
 /// What was agreed at the connection.
@@ -208,7 +249,11 @@ impl Probed {
             self.lacks(
                 "the P2P states",
                 "it is refused in a migration together with other devices: writes between them could be lost",
-                "migrate it alone, or declare with --assume-no-peer-dma that the devices do no DMA to each other",
+                if self.interface == Some(Interface::V1) {
+                    "interface v1 has none; migrate it alone, or declare with --assume-no-peer-dma that the devices do no DMA to each other"
+                } else {
+                    "migrate it alone, or declare with --assume-no-peer-dma that the devices do no DMA to each other"
+                },
             );
         }
         if !self.precopy {

@@ -1,7 +1,7 @@
 //! What a probe found, for a person.
 
 use super::host::Host;
-use super::{Considered, KernelView, Probed};
+use super::{Considered, KernelView, Probed, RegionView};
 use crate::render;
 use airlift_core::{DeviceIdentity, Interface};
 
@@ -27,12 +27,18 @@ pub(super) fn device(probed: &Probed) -> String {
     if let Some(state) = probed.state {
         lines.push(format!("  It is in {state}."));
     }
+    if let Some(region) = &probed.migration_region {
+        lines.push(of_region(region));
+    }
     if let Some(identity) = &probed.identity {
         if let Some(format) = &identity.format {
             lines.push(format!(
                 "  Its state has the format {} {}, and it reads versions {:?}.",
                 format.name, format.version, format.accepts
             ));
+            for interface in &format.interfaces {
+                lines.push(format!("  It also reads what was saved over interface {interface}."));
+            }
         }
         let facts = |wanted: &dyn Fn(&str) -> bool| {
             let found = identity.facts.iter().filter(|(name, _)| wanted(name));
@@ -68,6 +74,25 @@ pub(super) fn device(probed: &Probed) -> String {
         lines.push("  Nothing is missing.".into());
     }
     lines.join("\n")
+}
+
+fn of_region(region: &RegionView) -> String {
+    let RegionView { index, size, data_section, mapped, not_mapped, whole_transactions } = region;
+    let areas: Vec<String> =
+        mapped.iter().map(|area| format!("{} bytes at {:#x}", area.length, area.offset)).collect();
+    let bytes: u64 = mapped.iter().map(|area| area.length).sum();
+    let mut mapping = match (mapped.is_empty(), bytes >= *data_section) {
+        (true, _) => "trapped: each byte goes through a read or a write".to_owned(),
+        (false, true) => "mapped".to_owned(),
+        (false, false) => format!("mapped in part ({})", areas.join(", ")),
+    };
+    if let Some(why) = not_mapped {
+        mapping += &format!("; not all that could be is mapped, because {why}");
+    }
+    let whole = if *whole_transactions { "; it takes transactions only whole" } else { "" };
+    format!(
+        "  Its migration region is region {index}, {size} bytes, with up to {data_section} bytes of data section, {mapping}{whole}."
+    )
 }
 
 fn of_kernel(kernel: &KernelView) -> Vec<String> {

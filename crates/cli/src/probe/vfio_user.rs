@@ -2,7 +2,7 @@
 
 use super::{Missing, Probed, Protocol};
 use crate::json::ErrorView;
-use airlift_core::{DeviceError, DeviceErrorKind, DeviceId, MigrationDevice};
+use airlift_core::{DeviceError, DeviceErrorKind, DeviceId, Interface, MigrationDevice};
 use airlift_vfio_user::codec::{FeatureFlags, feature};
 use airlift_vfio_user::{Client, ClientOptions, VfioUserDevice};
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(super) fn probe(path: &Path, timeout: Duration, probed: &mut Probed) {
             probed.missing.push(Missing::new(
                 "migration",
                 "the device cannot be saved or loaded",
-                "serve it with a server that offers the features MIGRATION and MIG_DEVICE_STATE",
+                "serve it with a server that offers the features MIGRATION and MIG_DEVICE_STATE, or the migration region of interface v1",
             ));
         } else {
             probed.error = Some(view(&probed.device, &error));
@@ -62,6 +62,7 @@ fn ask(path: &Path, timeout: Duration, probed: &mut Probed) -> Result<(), Device
     let capabilities = device.capabilities();
     probed.can(&capabilities, device.identity());
     probed.state = Some(device.state()?);
+    probed.migration_region = device.migration_region().map(Into::into);
     probed.dma_logging = device.dirty_source().is_some();
     missing(probed);
     Ok(())
@@ -77,7 +78,8 @@ fn missing(probed: &mut Probed) {
             "expect all of that memory to move while the guest is stopped",
         );
     }
-    if probed.precopy && !probed.features.contains(&"PRECOPY_INFO") {
+    let v2 = probed.interface == Some(Interface::V2);
+    if v2 && probed.precopy && !probed.features.contains(&"PRECOPY_INFO") {
         probed.lacks(
             "the extension PRECOPY_INFO",
             "how much pre-copy has left is not known, so the downtime is estimated from what was sent",
@@ -118,6 +120,19 @@ mod tests {
         let error = probed.error.unwrap();
         assert!(error.advice.is_some() || error.errno.is_some(), "{error:?}");
         assert_eq!(error.device.as_deref(), Some("vfio-user:/nowhere/at/all"));
+    }
+
+    #[test]
+    fn a_device_of_interface_v1_does_not_lack_what_is_of_v2() {
+        let mut probed = Probed { state: Some(DeviceState::Running), ..Probed::default() };
+        probed.can(&Capabilities::v1(4096, false), &DeviceIdentity::default());
+        probed.features = vec!["STATE_FORMAT"];
+        probed.dma_logging = true;
+        missing(&mut probed);
+        let [missing] = &probed.missing[..] else { panic!("{:?}", probed.missing) };
+        assert_eq!(missing.what, "the P2P states");
+        assert!(missing.advice.contains("interface v1 has none"), "{missing:?}");
+        assert!(missing.advice.contains("--assume-no-peer-dma"), "{missing:?}");
     }
 
     #[test]

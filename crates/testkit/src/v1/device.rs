@@ -17,6 +17,9 @@ const PRE_COPY: u32 = 0b011;
 const RESUMING: u32 = 0b100;
 const ERROR: u32 = 0b110;
 
+/// Most accesses to one device: a user that makes more has no end.
+const MOST: usize = 1_000_000;
+
 /// What one write of `device_state` may change into what.
 const ARCS: [(u32, &[u32]); 5] = [
     (STOP, &[RUNNING, STOP_COPY, RESUMING]),
@@ -166,6 +169,9 @@ impl Core {
     }
 
     fn violation(&mut self, what: &str) {
+        if self.violations.len() >= 100 {
+            return;
+        }
         self.violations.push(format!("access {}: {what}", self.records.len()));
     }
 
@@ -179,6 +185,11 @@ impl Core {
 
     /// Writes an access down, and finds out what goes wrong with it.
     pub(super) fn begin(&mut self, access: Access, offset: u64, length: u64) -> Answer<Option<Wrong>> {
+        if self.records.len() >= MOST {
+            self.violation("the user has no end");
+            self.gone = true;
+            return Err(gone());
+        }
         self.records.push(Record { access, offset, length });
         let mut hit = None;
         for fault in &mut self.faults {

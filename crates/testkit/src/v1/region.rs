@@ -137,6 +137,22 @@ impl Double {
         self.core().records.iter().filter(|record| record.access == access).count()
     }
 
+    /// How many accesses through the transport have touched data that is mapped. The interface allows them;
+    /// V1-AREAS does not.
+    #[must_use]
+    pub fn misplaced(&self) -> usize {
+        let core = self.core();
+        let trapped = |record: &&Record| matches!(record.access, Access::ReadTrapped | Access::WriteTrapped);
+        let touches = |record: &&Record| {
+            let end = record.offset.saturating_add(record.length);
+            core.options
+                .areas
+                .iter()
+                .any(|area| area.length > 0 && record.offset < area.offset + area.length && area.offset < end)
+        };
+        core.records.iter().filter(trapped).filter(touches).count()
+    }
+
     /// What the user did that the interface does not allow.
     #[must_use]
     pub fn violations(&self) -> Vec<String> {
