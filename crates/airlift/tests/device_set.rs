@@ -249,7 +249,9 @@ fn a_destination_that_takes_nothing_costs_no_device_at_the_stop() {
         let mut back = failed.roll_back(ResetPolicy::Never, LONG);
         assert!(back.fates.iter().all(|end| end.fate == Fate::Running), "{:?}", back.fates);
         assert_healthy(&mut back.set, devices);
-        assert!(devices.iter().all(|device| !device.core.lock().unwrap().arcs.contains(&DeviceState::StopCopy)));
+        assert!(
+            devices.iter().all(|device| !device.core.lock().unwrap().arcs.contains(&DeviceState::StopCopy))
+        );
     }
 }
 

@@ -5,17 +5,19 @@ mod fakes;
 
 use airlift::core::{Failure, Limits as OfferLimits, Phase};
 use airlift::{
-    Deadlines, Destination, DestinationOptions, Ended, Environment, MachineRecord, MigrationReport, Outcome,
-    RecordOwner, Running, Source, SourceDevice, SourceOptions,
+    CancelAnswer, Deadlines, Destination, DestinationOptions, Ended, Environment, MachineRecord,
+    MigrationReport, Outcome, RecordOwner, Running, Source, SourceDevice, SourceOptions,
 };
 use airlift_stream::message::{Report, Token};
 use airlift_stream::{FrameHeader, HEADER_LEN, Limits, Message};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded, unbounded};
 use fakes::{Door, FakeDevice, FakeMachine, LONG, MemoryJournal, memory, network};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn options() -> SourceOptions {
     SourceOptions {
@@ -266,4 +268,99 @@ fn the_guest_is_not_stopped_for_memory_that_the_destination_has_not_written() {
     let text = text(ended.report.error.as_ref());
     assert!(text.contains("has not written the memory of round 0"), "{text}");
     assert!(!from.calls().contains(&"pause"), "{:?}", from.calls());
+}
+
+/// Options with which a destination that takes a byte now and then is never taken as gone.
+fn patient() -> SourceOptions {
+    let deadlines = Deadlines { silence: LONG * 10, ..options().deadlines };
+    SourceOptions { deadlines, downtime_limit: LONG, ..options() }
+}
+
+/// Takes a byte now and then, until the connection ends.
+fn trickle(data: &mut UnixStream) {
+    while data.read(&mut [0]).is_ok_and(|n| n > 0) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Cancels, and looks at where that has led. A source that is deaf does not end in time.
+fn cancel(control: &airlift::Control, ended: &Receiver<Ended>, device: &FakeDevice) {
+    assert_eq!(control.cancel(), CancelAnswer::Accepted);
+    let report = ended.recv_timeout(LONG).expect("the source is deaf to the cancel").report;
+    assert_eq!((report.outcome, report.source_running), (Outcome::Cancelled, Running::Yes));
+    assert_eq!(report.devices[0].quarantined, None);
+    assert_eq!(device.state_now(), airlift::core::DeviceState::Running);
+}
+
+fn on_a_thread(source: Source) -> Receiver<Ended> {
+    let (done, ended) = unbounded();
+    std::thread::spawn(move || done.send(source.run()));
+    ended
+}
+
+// I16, I17
+#[test]
+fn a_cancel_is_heard_while_the_destination_takes_the_end_of_a_round_at_a_trickle() {
+    let from = FakeMachine::new(Some(memory(7)), true);
+    let (dial, door) = network();
+    let mut device = FakeDevice::new();
+    device.flags = 3;
+    let source = source(&from, &device, dial, patient());
+    let control = source.control();
+    let ended = on_a_thread(source);
+    let (_peer, mut data) = Peer::negotiate(door);
+    // What is left is more than the socket takes, and less than socket and queue: the sweep ends, and
+    // the end of its round finds no place.
+    let mut most = vec![0; (4 << 20) - 900_000];
+    data.read_exact(&mut most).unwrap();
+    let until = Instant::now() + LONG;
+    while control.progress().memory_sent < 4 << 20 {
+        assert!(Instant::now() < until, "the sweep does not end: {:?}", control.progress());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let reader = std::thread::spawn(move || trickle(&mut data));
+    cancel(&control, &ended, &device);
+    reader.join().unwrap();
+}
+
+// I16, I17
+#[test]
+fn a_cancel_is_heard_while_the_destination_takes_records_at_a_trickle() {
+    let record =
+        |n| MachineRecord { owner: RecordOwner::Machine, name: format!("vcpu{n}"), data: vec![5; 900_000] };
+    let from = FakeMachine { records: (0..8).map(record).collect(), ..FakeMachine::new(None, true) };
+    let (dial, door) = network();
+    let mut device = FakeDevice::new();
+    device.flags = 3;
+    let source = source(&from, &device, dial, patient());
+    let control = source.control();
+    let ended = on_a_thread(source);
+    let (_peer, mut data) = Peer::negotiate(door);
+    let reader = std::thread::spawn(move || trickle(&mut data));
+    // The last step before the records are sent.
+    from.wait_for("release_shared");
+    cancel(&control, &ended, &device);
+    reader.join().unwrap();
+    assert!(from.place("release_shared") < from.place("reclaim_shared"), "{:?}", from.calls());
+}
+
+#[test]
+fn a_read_that_fails_after_the_stop_ends_the_machines_part_of_the_downtime() {
+    let mut text_of_last = String::new();
+    // The device's word and the machine's next step race; the word wins unless this host is very busy.
+    for _ in 0..10 {
+        let tried = Arc::new(AtomicBool::new(false));
+        let from = FakeMachine { until: Some(Arc::clone(&tried)), ..FakeMachine::new(Some(memory(7)), true) };
+        let to = FakeMachine::new(Some(memory(0)), false);
+        let mut device = FakeDevice::new();
+        device.broken = Some(tried);
+        let (sent, _) = migrate(&from, &to, (&device, &FakeDevice::new()), 64 << 20);
+        text_of_last = text(sent.error.as_ref());
+        assert_eq!((sent.outcome, sent.source_running), (Outcome::Aborted, Running::Yes));
+        assert!(text_of_last.contains("broken by the test"), "{text_of_last}");
+        if !from.calls().contains(&"release_shared") {
+            return;
+        }
+    }
+    panic!("the machine went on: {text_of_last}");
 }

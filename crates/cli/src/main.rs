@@ -12,6 +12,7 @@ mod engine;
 mod exit;
 mod json;
 mod lines;
+mod log;
 mod memory;
 mod no_guest;
 mod open;
@@ -34,7 +35,6 @@ use exit::Exit;
 use json::{ErrorView, Output};
 use lines::Bystander;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 /// Help and version are no errors; wrong arguments are, and a script that asked for JSON gets its
 /// result line for them too.
@@ -68,9 +68,7 @@ fn main() -> ExitCode {
     if let Err(error) = checked {
         return refuse(&error);
     }
-    // Logs go to stderr and only on request (AIRLIFT_LOG=debug): what a user must know is in the output.
-    let filter = EnvFilter::try_from_env("AIRLIFT_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    log::start();
     let exit = match cli.command {
         Command::Demo(args) => demo::run(&args),
         Command::SoftDevice(args) => soft_device::run(&args),

@@ -161,3 +161,40 @@ fn a_probe_shows_the_migration_region() {
         assert!(text.contains(words), "{words}: {text}");
     }
 }
+
+#[test]
+fn the_log_has_the_names_that_users_of_the_interface_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let v1 = ["--interface", "v1"];
+    let (_here, source) = device(&dir.path().join("here"), &v1);
+    let (_there, destination) =
+        device(&dir.path().join("there"), &["--interface", "v1", "--device-v1-section", "10007"]);
+    let logged = |subcommand: &str, uri: &str, device: &str| {
+        let mut command = std::process::Command::new(common::AIRLIFT);
+        command.args([subcommand, "--no-guest", "--device", &format!("d={device}"), uri]);
+        command.env("AIRLIFT_LOG", "trace").stderr(std::process::Stdio::piped());
+        Process::spawn(command)
+    };
+    let mut receive = logged("receive", "tcp:127.0.0.1:0", &destination);
+    let read = |mut stderr: std::process::ChildStderr| {
+        std::thread::spawn(move || std::io::read_to_string(&mut stderr).unwrap())
+    };
+    let theirs = read(receive.stderr());
+    let uri = receive.wait_for("listening")["uri"].as_str().unwrap().to_owned();
+    let mut send = logged("send", &uri, &source);
+    let ours = read(send.stderr());
+    assert_eq!((send.finish().1, receive.finish().1), (0, 0));
+    let (ours, theirs) = (ours.join().unwrap(), theirs.join().unwrap());
+    for line in [
+        "vfio_migration_probe: device=d interface=v1 data_section=1048576",
+        "vfio_update_pending: device=d pending=",
+        "vfio_save_pending: device=d precopy=",
+        "vfio_save_buffer: device=d data_offset=4096 data_size=",
+        "vfio_migration_set_state: device=d from=RUNNING state=PRE_COPY",
+    ] {
+        assert!(ours.contains(line), "{line} is missing:\n{ours}");
+    }
+    // No round is larger than the section.
+    let round = "vfio_load_state_device_data: device=d data_offset=4096 data_size=10007";
+    assert!(theirs.contains(round), "{round} is missing:\n{theirs}");
+}

@@ -206,11 +206,7 @@ impl Members {
 
     /// What a step of saving has given, unless its time was spent on waiting for the other side: without
     /// its data's way, a device that has answered since cannot be saved, but it is a healthy one (I2).
-    pub(super) fn in_time<T>(
-        &self,
-        result: Result<T, SetError>,
-        deadline: Duration,
-    ) -> Result<T, SetError> {
+    pub(super) fn in_time<T>(&self, result: Result<T, SetError>, deadline: Duration) -> Result<T, SetError> {
         let Way::ClosedFor(index) = self.way else { return result };
         match result {
             Err(error) if !matches!(error, SetError::Device { fault: StreamFault::Closed(_), .. }) => {
@@ -221,10 +217,7 @@ impl Members {
                     "no answer within {deadline:?}: it waited for the other side to take its data, or is slow"
                 );
                 let error = DeviceError::new(DeviceErrorKind::TimedOut, "device worker", why);
-                Err(SetError::Device {
-                    device: self.ids[index].clone(),
-                    fault: StreamFault::Device(error),
-                })
+                Err(SetError::Device { device: self.ids[index].clone(), fault: StreamFault::Device(error) })
             }
         }
     }

@@ -92,10 +92,7 @@ fn fail(message: String) -> Failure {
 ///
 /// Between its steps the devices, which give their data meanwhile, and the inbox are looked at: what has
 /// failed, or was cancelled, need not wait for the steps that are left.
-fn records_and_sync(
-    session: &mut Session,
-    events: &Receiver<SetEvent>,
-) -> Result<Vec<MachineRecord>, Halt> {
+fn records_and_sync(session: &mut Session, events: &Receiver<SetEvent>) -> Result<Vec<MachineRecord>, Halt> {
     let machine_failed =
         |e: crate::machine::MachineError| fail(format!("the machine: {e}")).with_errno(e.errno);
     let early = session.options.test.sync_before_records;

@@ -8,15 +8,16 @@ pub(crate) mod v1;
 
 use airlift::core::commit::{Journal, JournalError, Record};
 use airlift::core::{
-    Capabilities, Chunk, DeviceError, DeviceId, DeviceIdentity, DeviceState, Gpa, GpaRange, Interrupter,
-    Iova, IovaMap, IovaMapping, LoadSession, MemoryLayout, MemoryRegion, MigrationDevice, Piece, PrecopyInfo,
-    SaveSession, Session, StateFormat, TransitionError,
+    Capabilities, Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Gpa, GpaRange,
+    Interrupter, Iova, IovaMap, IovaMapping, LoadSession, MemoryLayout, MemoryRegion, MigrationDevice, Piece,
+    PrecopyInfo, SaveSession, Session, StateFormat, TransitionError,
 };
 use airlift::link::{Acceptor, Connector, LinkError, Stream};
 use airlift::{Blocker, Machine, MachineError, MachineMemory, MachineRecord, PendingInterrupt};
 use airlift_memory::{Access, GuestMemory, GuestRegion, SharedMemory};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub(crate) struct FakeDevice {
     pub(crate) stop_copy_size: Option<u64>,
     /// What STOP_COPY gives.
     pub(crate) bytes: usize,
+    /// STOP_COPY cannot be read; set when that was tried.
+    pub(crate) broken: Option<Arc<AtomicBool>>,
     state: Arc<Mutex<DeviceState>>,
     pub(crate) loaded: Arc<Mutex<usize>>,
 }
@@ -45,6 +48,7 @@ impl FakeDevice {
             flags: 7,
             stop_copy_size: Some(1000),
             bytes: 1000,
+            broken: None,
             state: Arc::new(Mutex::new(DeviceState::Running)),
             loaded: Arc::default(),
         }
@@ -116,6 +120,10 @@ impl SaveSession for Reader {
             let len = std::mem::take(&mut self.precopy);
             return Ok(if len == 0 { Piece::Drained } else { Piece::Data { len, chunk: Chunk::Stream } });
         }
+        if let Some(tried) = &self.device.broken {
+            tried.store(true, Ordering::SeqCst);
+            return Err(DeviceError::new(DeviceErrorKind::Lost, "read", "broken by the test"));
+        }
         let len = buf.len().min(self.device.bytes - self.read);
         self.read += len;
         Ok(if len == 0 { Piece::End } else { Piece::Data { len, chunk: Chunk::Stream } })
@@ -150,6 +158,8 @@ pub(crate) struct FakeMachine {
     pub(crate) fails: Option<&'static str>,
     /// `start_dirty` waits for a word.
     pub(crate) hold: Option<Receiver<()>>,
+    /// `save_records` waits until this is set.
+    pub(crate) until: Option<Arc<AtomicBool>>,
     /// Calls of the barrier that end without the transfer being done.
     pub(crate) slices: usize,
     pub(crate) slice: Arc<Mutex<Duration>>,
@@ -178,6 +188,7 @@ impl FakeMachine {
             loaded: Arc::default(),
             fails: None,
             hold: None,
+            until: None,
             slices: 0,
             slice: Arc::default(),
         }
@@ -262,6 +273,11 @@ impl Machine for FakeMachine {
         self.call("inject_interrupts")
     }
     fn save_records(&mut self) -> Result<Vec<MachineRecord>, MachineError> {
+        let deadline = Instant::now() + LONG;
+        while self.until.as_ref().is_some_and(|seen| !seen.load(Ordering::SeqCst)) {
+            assert!(Instant::now() < deadline, "what save_records waits for does not happen");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.call("save_records").map(|()| self.records.clone())
     }
     fn load_record(&mut self, record: &MachineRecord) -> Result<(), MachineError> {

@@ -266,3 +266,86 @@ impl RegionAccess for DoubleRegion {
         core.write_data(offset, data, true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DoubleOptions, Layout, Plan, bytes};
+    use super::*;
+
+    /// One access of a user that is under suspicion: a state, a field to be read, data, or a size.
+    enum Do {
+        Set(u32),
+        Get(u64),
+        Read(u64, usize),
+        Write(u64, usize),
+        Size(u64),
+    }
+    use Do::{Get, Read, Set, Size, Write};
+
+    const PENDING: u64 = 8;
+    const OFFSET: u64 = 16;
+    const SIZE: u64 = 24;
+
+    fn violations(steps: &[Do]) -> Vec<String> {
+        let plan = Plan::new(vec![bytes(1, 40), bytes(2, 10)], 1);
+        let double = Double::new(DoubleOptions::new(Layout::Trapped, 64).with(plan));
+        let mut region = double.region();
+        let mut raw = [0; 4];
+        region.read_trapped(0, &mut raw).unwrap();
+        let reserved = u32::from_ne_bytes(raw) & !7;
+        for step in steps {
+            // What is refused is seen in the violations.
+            let _ = match *step {
+                Set(bits) => region.write_trapped(0, &(reserved | bits).to_ne_bytes()),
+                Get(field) => region.read_trapped(field, &mut [0; 8]),
+                Read(at, length) => region.read_trapped(at, &mut vec![0; length]),
+                Write(at, length) => region.write_trapped(at, &vec![1; length]),
+                Size(size) => region.write_trapped(SIZE, &size.to_ne_bytes()),
+            };
+        }
+        double.violations()
+    }
+
+    #[test]
+    fn users_that_keep_the_rules_are_not_accused() {
+        let chunk = [Get(PENDING), Get(PENDING), Get(OFFSET), Get(SIZE), Get(OFFSET), Get(SIZE)];
+        let mut steps = vec![Set(3)];
+        steps.extend(chunk);
+        steps.extend([
+            Read(32, 30),
+            Read(62, 10),
+            Get(PENDING),
+            Set(2),
+            Get(PENDING),
+            Get(OFFSET),
+            Get(SIZE),
+        ]);
+        steps.extend([Read(32, 10), Get(PENDING), Set(1), Set(4), Get(OFFSET), Get(OFFSET), Write(32, 64)]);
+        steps.extend([Size(64), Get(OFFSET), Write(32, 1), Size(1), Set(0), Set(1)]);
+        assert_eq!(violations(&steps), Vec::<String>::new());
+    }
+
+    #[test]
+    fn users_that_break_a_rule_are_found() {
+        let cases: [(&str, Vec<Do>); 13] = [
+            ("V1-VALID", vec![Set(6)]),
+            ("V1-VALID", vec![Set(5)]),
+            ("V1-ARCS", vec![Set(2), Set(3)]),
+            ("V1-ARCS", vec![Set(3), Set(4)]),
+            ("V1-PENDING", vec![Set(2), Get(OFFSET)]),
+            ("V1-PENDING", vec![Set(2), Get(PENDING), Get(SIZE)]),
+            ("V1-PENDING", vec![Set(2), Get(PENDING), Get(OFFSET), Read(32, 39), Get(PENDING)]),
+            ("V1-BOUNDS", vec![Set(2), Get(PENDING), Get(OFFSET), Read(33, 4)]),
+            ("V1-BOUNDS", vec![Set(2), Get(PENDING), Get(OFFSET), Read(32, 41)]),
+            ("V1-ROUNDS", vec![Set(4), Get(OFFSET), Write(32, 64), Size(65)]),
+            ("V1-ROUNDS", vec![Set(4), Get(OFFSET), Write(32, 10), Size(11)]),
+            ("V1-ROUNDS", vec![Set(4), Get(OFFSET), Write(32, 5), Size(5), Size(5)]),
+            ("V1-OUTSTANDING", vec![Set(4), Get(OFFSET), Write(32, 5), Set(1)]),
+        ];
+        for (number, (rule, steps)) in cases.into_iter().enumerate() {
+            let found = violations(&steps);
+            assert_eq!(found.len(), 1, "{number}: {found:?}");
+            assert!(found[0].contains(rule), "{number}: {found:?}");
+        }
+    }
+}
