@@ -2,9 +2,10 @@
 //! when nothing is refused.
 
 use airlift_core::{Arc as StateArc, DeviceState as S, Errno};
+use airlift_core::{Interface, MigrationFlags};
 use airlift_softdevice::registers as reg;
 use airlift_softdevice::{FailArc, SoftDevice, SoftDeviceError, SoftDeviceOptions, SoftEvent};
-use airlift_vfio_user::{Completion, Device, Done};
+use airlift_vfio_user::{Completion, Device, Done, MigrationInterface, V1Mapping, V1Section};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -285,6 +286,73 @@ fn registers_are_closed_while_state_moves() {
     assert_eq!(device.register(reg::MAGIC), reg::MAGIC_VALUE);
     device.walk(&[S::StopCopy, S::Stop, S::Resuming]);
     assert_eq!(device.set(reg::CONTROL, 1), Err(Errno::EBUSY));
+}
+
+fn v1(size: u64, whole_transactions: bool) -> MigrationInterface {
+    MigrationInterface::V1(V1Section { size, mapping: V1Mapping::Mapped, whole_transactions })
+}
+
+// V1-ARCS, V1-MIX
+#[test]
+fn over_interface_v1_it_offers_what_that_interface_has() {
+    let options = SoftDeviceOptions { interface: v1(4096, false), accept_other_interface: true, ..small(1) };
+    let description = Alone::new(options).device.describe();
+    let migration = description.migration.expect("migration");
+    assert_eq!(migration.interface, v1(4096, false));
+    assert_eq!(migration.flags, MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY, "no P2P");
+    assert_eq!(description.format.interfaces, [Interface::V2]);
+    let error = |options| SoftDevice::new(options, |_| ()).expect_err("refused");
+    let options = SoftDeviceOptions { interface: v1(4096, false), precopy: false, ..small(1) };
+    assert!(matches!(error(options), SoftDeviceError::PreCopy));
+    for size in [0, (1 << 30) + 1] {
+        let options = SoftDeviceOptions { interface: v1(size, false), ..small(1) };
+        assert!(matches!(error(options), SoftDeviceError::Range { what: "a data section", .. }));
+    }
+    let record = small(1).largest_record();
+    let options = SoftDeviceOptions { interface: v1(record - 1, true), ..small(1) };
+    assert!(matches!(error(options), SoftDeviceError::Whole { record: r, .. } if r == record));
+}
+
+// V1-CHUNK, V1-WHOLE
+#[test]
+fn with_whole_transactions_a_write_is_one_record_and_nothing_else_is_taken() {
+    let whole = |seed| {
+        let interface = v1(small(seed).largest_record(), true);
+        Alone::new(SoftDeviceOptions { interface, p2p: false, ..small(seed) })
+    };
+    let stop = |device: &mut Alone| device.walk(&[S::Running, S::Stop]);
+    let mut source = whole(7);
+    stop(&mut source);
+    source.walk(&[S::Stop, S::StopCopy]);
+    let mut saver = source.device.saver().expect("a saver");
+    let mut buf = vec![0; usize::try_from(small(7).largest_record()).expect("a size")];
+    let mut records = Vec::new();
+    loop {
+        match saver.read(&mut buf).expect("data") {
+            0 => break,
+            n => records.push(buf[..n].to_vec()),
+        }
+    }
+    let load = |records: &[Vec<u8>]| {
+        let mut target = whole(99);
+        stop(&mut target);
+        target.walk(&[S::Stop, S::Resuming]);
+        let mut loader = target.device.loader().expect("a loader");
+        let written = records.iter().try_for_each(|record| loader.write(record));
+        drop(loader);
+        (written, target.arc(S::Resuming, S::Stop))
+    };
+    assert_eq!(load(&records), (Ok(()), Completion::Ok));
+    // The same bytes in other transactions: cut, and joined.
+    for at in [0, 1, records.len() - 1] {
+        let mut cut = records.clone();
+        let rest = cut[at].split_off(records[at].len() / 2);
+        cut.insert(at + 1, rest);
+        assert_eq!(load(&cut).0, Err(Errno::EINVAL), "{at}");
+        assert_ne!(load(&cut).1, Completion::Ok, "{at}: and it does not become the device");
+    }
+    let joined = vec![records.concat()];
+    assert_eq!(load(&joined).0, Err(Errno::EINVAL));
 }
 
 #[test]
