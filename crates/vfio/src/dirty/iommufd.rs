@@ -9,7 +9,7 @@
 //! A page table with large entries marks all of an entry when a part of it is written; iommufd uses
 //! them where memory allows it, unless `IOMMU_OPTION_HUGE_PAGES` is off.
 
-use super::bitmap::{Ranges, bitmap, runs};
+use super::bitmap::{Ranges, runs};
 use crate::sys;
 use airlift_core::{DirtyError, DirtySource, DomainId, Errno, IovaRange};
 use std::os::fd::{AsFd, AsRawFd};
@@ -39,6 +39,10 @@ impl<F: AsFd + Send + 'static> PageTableLog<F> {
     /// The log of `page_table`, which was allocated with dirty tracking over the address space `ioas` of
     /// `iommufd` and may be shared by several devices. Sources of one page table that are made from one
     /// descriptor name the same domain.
+    ///
+    /// What is to be logged must begin and end where mappings of the address space do: the IOMMU marks
+    /// whole entries of its table, 2 MiB or 1 GiB where memory allows it, and of one that is asked for in
+    /// parts the first report takes all. Each report therefore covers all of a range that was given.
     #[must_use]
     pub fn new(iommufd: F, ioas: u32, page_table: u32) -> Self {
         let domain = DomainId(format!("iommufd:{}/page-table:{page_table}", iommufd.as_fd().as_raw_fd()));
@@ -92,12 +96,10 @@ impl<F: AsFd + Send + 'static> DirtySource for PageTableLog<F> {
             return Err(failed(GET, None, "tracking was not started"));
         }
         let fd = self.iommufd.as_fd();
-        for (start, length) in self.ranges.parts(range, PAGE) {
-            let fetched = bitmap(length, PAGE).and_then(|mut bits| {
-                sys::hwpt_dirty_bitmap(fd, self.page_table, start, length, PAGE, &mut bits)?;
-                Ok(bits)
-            });
-            match fetched {
+        // Whole ranges: of an entry that is cut the kernel clears all and reports a part.
+        for (start, end) in self.ranges.touched(range) {
+            let length = end - start;
+            match sys::hwpt_dirty_bitmap(fd, self.page_table, start, length, PAGE) {
                 Ok(bits) => runs(start, length, PAGE, &bits, dirty),
                 Err(errno) => {
                     dirty(IovaRange::new(start, length));

@@ -186,9 +186,7 @@ impl Alarm {
         let interrupted = Arc::new(AtomicBool::new(false));
         let until = Instant::now() + timeout;
         let timer = own_timer().map_err(CallError::Errno)?;
-        self.lock().push(Active { number, timer, interrupted: Arc::clone(&interrupted) });
-        let _registered = Registered { alarm: self, number };
-        set_timer(timer, timeout).map_err(CallError::Errno)?;
+        let _registered = self.register(number, timer, timeout, &interrupted).map_err(CallError::Errno)?;
         loop {
             match call() {
                 Err(Errno::EINTR) if interrupted.load(Ordering::Acquire) => {
@@ -200,6 +198,21 @@ impl Alarm {
                 Ok(value) => return Ok(value),
             }
         }
+    }
+
+    /// Puts a call on the list and starts its timer, under one lock: a ring in between would set the timer
+    /// to go off at once, and be forgotten when the timer is set to the timeout.
+    fn register(
+        &self,
+        number: u64,
+        timer: libc::timer_t,
+        timeout: Duration,
+        interrupted: &Arc<AtomicBool>,
+    ) -> Result<Registered<'_>, Errno> {
+        let mut active = self.lock();
+        set_timer(timer, timeout)?;
+        active.push(Active { number, timer, interrupted: Arc::clone(interrupted) });
+        Ok(Registered { alarm: self, number })
     }
 
     /// Ends every call that is under way now. Never blocks for longer than a lock that is held for a
@@ -243,6 +256,28 @@ mod tests {
         assert_eq!(blocked_read(&alarm, Duration::from_secs(60)), Err(CallError::Interrupted));
         ender.join().unwrap();
         assert!(alarm.lock().is_empty());
+    }
+
+    #[test]
+    fn a_ring_that_comes_while_a_call_begins_is_not_lost() {
+        let (alarm, stop) = (Alarm::default(), Arc::new(AtomicBool::new(false)));
+        let (other, stopped) = (alarm.clone(), Arc::clone(&stop));
+        let ringer = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Acquire) {
+                // Only the first ring of a call counts here: a second one would hide that it was lost.
+                let active = other.lock();
+                if let Some(call) = active.first().filter(|a| !a.interrupted.load(Ordering::Acquire)) {
+                    call.interrupted.store(true, Ordering::Release);
+                    let _ = set_timer(call.timer, Duration::from_nanos(1));
+                }
+            }
+        });
+        for _ in 0..2000 {
+            let ended = blocked_read(&alarm, Duration::from_secs(60));
+            assert_eq!(ended, Err(CallError::Interrupted));
+        }
+        stop.store(true, Ordering::Release);
+        ringer.join().unwrap();
     }
 
     #[test]

@@ -118,7 +118,12 @@ pub(crate) fn set_irqs(
     let mut words: Vec<u64> = all.as_chunks::<8>().0.iter().map(|c| u64::from_ne_bytes(*c)).collect();
     // SAFETY: the buffer has at least the size that it states, and count matches its data; the
     // descriptors in it are borrowed for the length of the call, and the kernel takes its own references.
-    unsafe { call_buffer(fd, DEVICE_SET_IRQS, &mut words) }.map(|_| ())
+    match unsafe { call_buffer(fd, DEVICE_SET_IRQS, &mut words) } {
+        Ok(0) => Ok(()),
+        // So many vectors could be had instead, and none is on.
+        Ok(_) => Err(Errno::ENOSPC),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn vectors(count: usize) -> Result<u32, Errno> {

@@ -1,6 +1,5 @@
 //! Requests on an iommufd.
 
-use super::feature::holds;
 use super::ioctl::{call, size_of};
 use airlift_core::Errno;
 use iommufd_bindings::{
@@ -127,19 +126,27 @@ pub(crate) fn hwpt_dirty_tracking(fd: BorrowedFd<'_>, hwpt: u32, on: bool) -> Re
     unsafe { call(fd, HWPT_SET_DIRTY_TRACKING, &mut set) }.map(|_| ())
 }
 
-/// IOMMU_HWPT_GET_DIRTY_BITMAP, which clears what it reports: sets the bits of dirty pages, of which
-/// the first is that of `iova`.
+/// IOMMU_HWPT_GET_DIRTY_BITMAP, which clears what it reports: a bitmap with a bit for each page of
+/// `length` bytes from `iova`.
+///
+/// Where an entry of the page table reaches beyond the range, kernels set bits up to the end of the last
+/// page of memory of the bitmap. So the bitmap has its pages for itself.
 pub(crate) fn hwpt_dirty_bitmap(
     fd: BorrowedFd<'_>,
     hwpt: u32,
     iova: u64,
     length: u64,
     page_size: u64,
-    bitmap: &mut [u64],
-) -> Result<(), Errno> {
-    if !holds(bitmap, length, page_size) {
+) -> Result<Vec<u64>, Errno> {
+    if !page_size.is_power_of_two() {
         return Err(Errno::EINVAL);
     }
+    let words = usize::try_from(length.div_ceil(page_size).div_ceil(64)).map_err(|_| Errno::ENOMEM)?;
+    let in_page = rustix::param::page_size() / std::mem::size_of::<u64>();
+    let whole = words.checked_next_multiple_of(in_page).ok_or(Errno::ENOMEM)?;
+    let mut buffer = vec![0_u64; whole.checked_add(in_page).ok_or(Errno::ENOMEM)?];
+    let skip = buffer.as_ptr().align_offset(rustix::param::page_size());
+    let Some(bitmap) = buffer.get_mut(skip..skip.saturating_add(whole)) else { return Err(Errno::ENOMEM) };
     let mut get = iommu_hwpt_get_dirty_bitmap {
         size: size_of::<iommu_hwpt_get_dirty_bitmap>(),
         hwpt_id: hwpt,
@@ -149,7 +156,10 @@ pub(crate) fn hwpt_dirty_bitmap(
         data: bitmap.as_mut_ptr().expose_provenance() as u64,
         ..Default::default()
     };
-    // SAFETY: a structure of this request with its own size; the bitmap has a bit for each page, which
-    // the kernel writes during the call.
-    unsafe { call(fd, HWPT_GET_DIRTY_BITMAP, &mut get) }.map(|_| ())
+    // SAFETY: a structure of this request with its own size; the bitmap has a bit for each page, begins on
+    // a page of memory and is whole pages long, and only in these pages does the kernel write.
+    unsafe { call(fd, HWPT_GET_DIRTY_BITMAP, &mut get) }?;
+    buffer.drain(..skip);
+    buffer.truncate(words);
+    Ok(buffer)
 }
