@@ -188,7 +188,7 @@ struct Stuffed {
 }
 
 impl Stuffed {
-    fn new(room: usize) -> (Arc<dyn ChunkSink>, Receiver<()>) {
+    fn with_room(room: usize) -> (Arc<dyn ChunkSink>, Receiver<()>) {
         let (waits, waiting) = unbounded();
         let (shut, gate) = bounded(0);
         (Arc::new(Self { room: room.into(), waits, gate, shut: Mutex::new(Some(shut)) }), waiting)
@@ -239,7 +239,7 @@ fn a_destination_that_takes_nothing_costs_no_device_at_the_stop() {
     let (a, b) = (Fake::new("a"), Fake::new("b"));
     for devices in [&[&a][..], &[&a, &b]] {
         // The beginnings of the streams are taken, the devices' data is not.
-        let (sink, waiting) = Stuffed::new(devices.len());
+        let (sink, waiting) = Stuffed::with_room(devices.len());
         let saving = set(devices).start_saving(&sink, LONG).unwrap();
         for _ in devices {
             waiting.recv_timeout(LONG).unwrap();
@@ -259,7 +259,7 @@ fn a_destination_that_takes_nothing_costs_no_device_at_the_stop() {
 #[test]
 fn a_destination_that_takes_nothing_costs_no_device_at_the_start() {
     let a = Fake::new("a");
-    let (sink, _waiting) = Stuffed::new(0);
+    let (sink, _waiting) = Stuffed::with_room(0);
     let failed = set(&[&a]).start_saving(&sink, Duration::from_millis(200)).unwrap_err();
     assert_timed_out(&failed.error, "a");
     let mut back = failed.roll_back(ResetPolicy::Never, LONG);
@@ -270,7 +270,7 @@ fn a_destination_that_takes_nothing_costs_no_device_at_the_start() {
 #[test]
 fn a_rollback_waits_in_no_sink() {
     let a = Fake::new("a");
-    let (sink, waiting) = Stuffed::new(1);
+    let (sink, waiting) = Stuffed::with_room(1);
     let saving = set(&[&a]).start_saving(&sink, LONG).unwrap();
     waiting.recv_timeout(LONG).unwrap();
     // Nobody has closed the sink.

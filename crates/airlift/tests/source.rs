@@ -10,7 +10,7 @@ use airlift::{
 };
 use airlift_stream::message::{Report, Token};
 use airlift_stream::{FrameHeader, HEADER_LEN, Limits, Message};
-use crossbeam_channel::{Receiver, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use fakes::{Door, FakeDevice, FakeMachine, LONG, MemoryJournal, memory, network};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -276,11 +276,23 @@ fn patient() -> SourceOptions {
     SourceOptions { deadlines, downtime_limit: LONG, ..options() }
 }
 
-/// Takes a byte now and then, until the connection ends.
-fn trickle(data: &mut UnixStream) {
-    while data.read(&mut [0]).is_ok_and(|n| n > 0) {
-        std::thread::sleep(Duration::from_millis(5));
+/// Takes a byte now and then, until the test is over. Returns when it has gone on for a while: all that
+/// finds a place has found it then.
+fn trickle(mut data: UnixStream) -> (Sender<()>, JoinHandle<()>) {
+    let (over, going) = bounded(0);
+    let (taken, bytes) = unbounded();
+    let reader = std::thread::spawn(move || {
+        while going.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Timeout)
+            && data.read(&mut [0]).is_ok_and(|n| n > 0)
+        {
+            // The test looks at the first ones alone.
+            let _ = taken.send(());
+        }
+    });
+    for _ in 0..40 {
+        bytes.recv_timeout(LONG).unwrap();
     }
+    (over, reader)
 }
 
 /// Cancels, and looks at where that has led. A source that is deaf does not end in time.
@@ -311,15 +323,16 @@ fn a_cancel_is_heard_while_the_destination_takes_the_end_of_a_round_at_a_trickle
     let (_peer, mut data) = Peer::negotiate(door);
     // What is left is more than the socket takes, and less than socket and queue: the sweep ends, and
     // the end of its round finds no place.
-    let mut most = vec![0; (4 << 20) - 900_000];
+    let mut most = vec![0; (4 << 20) - 750_000];
     data.read_exact(&mut most).unwrap();
     let until = Instant::now() + LONG;
     while control.progress().memory_sent < 4 << 20 {
         assert!(Instant::now() < until, "the sweep does not end: {:?}", control.progress());
         std::thread::sleep(Duration::from_millis(1));
     }
-    let reader = std::thread::spawn(move || trickle(&mut data));
+    let (over, reader) = trickle(data);
     cancel(&control, &ended, &device);
+    drop(over);
     reader.join().unwrap();
 }
 
@@ -336,10 +349,11 @@ fn a_cancel_is_heard_while_the_destination_takes_records_at_a_trickle() {
     let control = source.control();
     let ended = on_a_thread(source);
     let (_peer, mut data) = Peer::negotiate(door);
-    let reader = std::thread::spawn(move || trickle(&mut data));
-    // The last step before the records are sent.
-    from.wait_for("release_shared");
+    // The first record has been taken, and there are more than find a place.
+    data.read_exact(&mut vec![0; 1_000_000]).unwrap();
+    let (over, reader) = trickle(data);
     cancel(&control, &ended, &device);
+    drop(over);
     reader.join().unwrap();
     assert!(from.place("release_shared") < from.place("reclaim_shared"), "{:?}", from.calls());
 }

@@ -1,8 +1,8 @@
 //! Saves a device into memory with pre-copy, resets it, and loads it again.
 //!
-//! `save_load DEVICE`: `mdev:UUID`, `pci:BDF` or `cdev:PATH` of an idle device with migration interface v2.
+//! `save_load DEVICE`: `mdev:UUID`, `pci:BDF` or `cdev:PATH` of an idle device with migration interface v2 or v1.
 
-use airlift_core::{DeviceId, DeviceState, MigrationDevice, Piece, SaveSession, Session};
+use airlift_core::{Chunk, DeviceId, DeviceState, MigrationDevice, Piece, SaveSession, Session};
 use airlift_vfio::{DeviceAddress, OpenOptions, VfioDevice, VfioOptions, open};
 use std::error::Error;
 
@@ -12,13 +12,18 @@ fn walk(device: &mut VfioDevice, to: DeviceState) -> Result<Option<Session>, Box
     Ok(device.set_state(to)?)
 }
 
-/// Reads until the driver has nothing (more): a pre-copy state drains, STOP_COPY ends.
-fn read(session: &mut dyn SaveSession, saved: &mut Vec<u8>) -> Result<(), Box<dyn Error>> {
-    let (before, mut buf) = (saved.len(), vec![0; 1 << 20]);
-    while let Piece::Data { len, .. } = session.read(&mut buf)? {
-        saved.extend(&buf[..len]);
+/// Reads until the driver has nothing (more): a pre-copy state drains, STOP_COPY ends. A chunk of interface v1
+/// stays what it is, and what v2 gives may be cut anywhere.
+fn read(session: &mut dyn SaveSession, saved: &mut Vec<Vec<u8>>) -> Result<(), Box<dyn Error>> {
+    let (mut bytes, mut buf) = (0, vec![0; 1 << 20]);
+    while let Piece::Data { len, chunk } = session.read(&mut buf)? {
+        if !matches!(chunk, Chunk::Part { offset: 1.., .. }) {
+            saved.push(Vec::new());
+        }
+        saved.last_mut().ok_or("a chunk without a beginning")?.extend(&buf[..len]);
+        bytes += len;
     }
-    println!("  read {} bytes", saved.len() - before);
+    println!("  read {bytes} bytes");
     Ok(())
 }
 
@@ -27,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let opened = open(&address, &OpenOptions::default())?;
     let mut device = VfioDevice::new(DeviceId::new("device")?, opened, VfioOptions::default())?;
     let can = device.capabilities();
-    println!("{address}: {:?}, found in {}", can.flags, device.found_state());
+    println!("{address}: {:?}, {:?}, found in {}", can.interface, can.flags, device.found_state());
 
     // Save. In PRE_COPY the guest would go on; it is stopped on the way to STOP_COPY.
     let mut saved = Vec::new();
@@ -53,8 +58,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let Some(Session::Load(mut session)) = walk(&mut device, DeviceState::Resuming)? else {
         return Err("no session".into());
     };
-    session.write(&saved)?;
-    println!("  wrote {} bytes", saved.len());
+    for chunk in &saved {
+        session.begin_chunk(chunk.len() as u64)?;
+        session.write(chunk)?;
+        session.end_chunk()?;
+    }
+    println!("  wrote {} bytes in {} pieces", saved.iter().map(Vec::len).sum::<usize>(), saved.len());
     walk(&mut device, DeviceState::Stop)?;
     walk(&mut device, DeviceState::Running).map(drop)
 }

@@ -4,14 +4,16 @@
 //! read each other's data cannot be seen here: the kernel has no name for a state's format.
 
 use crate::pci::capabilities;
+use crate::region::MAX_REGIONS;
 use crate::{DeviceFd, DeviceFlags, OpenDevice, RegionInfo};
+use airlift_core::v1::REGION_TYPE;
 use airlift_core::{DeviceError, DeviceIdentity, Errno, MigrationFlags};
 use std::collections::BTreeMap;
 use std::path::Path;
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
-/// Most regions, and most interrupt indexes, that a device may state.
-const MAX_COUNT: u32 = 128;
+/// Most interrupt indexes that a device may state.
+const MAX_IRQS: u32 = 128;
 /// Bytes of the configuration header that every PCI device has.
 const HEADER: usize = 64;
 /// Most bytes of a configuration space.
@@ -32,16 +34,15 @@ pub(crate) fn identity(opened: &OpenDevice, flags: MigrationFlags) -> Result<Dev
     Ok(DeviceIdentity { format: None, facts })
 }
 
-/// Regions and interrupts; the configuration space, where the device is PCI.
+/// Regions and interrupts; the configuration space, where the device is PCI. The migration region is its
+/// interface's and no part of the device (V1-REGION).
 fn hardware(fd: &DeviceFd, facts: &mut BTreeMap<String, String>) -> Result<Option<RegionInfo>, DeviceError> {
     let info = fd.info()?;
-    if info.regions > MAX_COUNT || info.irqs > MAX_COUNT {
+    if info.regions > MAX_REGIONS || info.irqs > MAX_IRQS {
         let message = format!("{} regions and {} interrupt indexes", info.regions, info.irqs);
         return Err(crate::error::protocol("VFIO_DEVICE_GET_INFO", message));
     }
-    facts.insert("region-count".into(), info.regions.to_string());
-    facts.insert("irq-count".into(), info.irqs.to_string());
-    let mut config = None;
+    let (mut count, mut config) = (info.regions, None);
     for index in 0..info.regions {
         let region = match fd.region(index) {
             Ok(region) => region,
@@ -49,6 +50,11 @@ fn hardware(fd: &DeviceFd, facts: &mut BTreeMap<String, String>) -> Result<Optio
             Err(error) if error.errno == Some(Errno::EINVAL) => continue,
             Err(error) => return Err(error),
         };
+        if region.kind == Some(REGION_TYPE) {
+            // A last number that is only there for it adds none.
+            count -= u32::from(index + 1 == info.regions);
+            continue;
+        }
         if region.size > 0 {
             facts.insert(format!("region{index}-size"), region.size.to_string());
         }
@@ -56,10 +62,12 @@ fn hardware(fd: &DeviceFd, facts: &mut BTreeMap<String, String>) -> Result<Optio
             config = Some(region);
         }
     }
+    facts.insert("region-count".into(), count.to_string());
+    facts.insert("irq-count".into(), info.irqs.to_string());
     for index in 0..info.irqs {
-        let count = fd.irq_count(index)?;
-        if count > 0 {
-            facts.insert(format!("irq{index}-count"), count.to_string());
+        let vectors = fd.irq_count(index)?;
+        if vectors > 0 {
+            facts.insert(format!("irq{index}-count"), vectors.to_string());
         }
     }
     Ok(config.filter(|region| region.size >= HEADER as u64))

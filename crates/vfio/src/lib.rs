@@ -2,9 +2,9 @@
 //!
 //! [`open`] finds a device in sysfs, or takes a descriptor that a VMM has opened, and attaches it to an
 //! [`Iommufd`] or a type1 [`Container`]. [`VfioDevice`] is the device as the engine drives it: an
-//! [`airlift_core::MigrationDevice`] over migration interface v2. [`choose`] says who can report the
-//! memory that it writes by DMA, [`PciConfig`] holds what its migration data does not, and
-//! [`KernelRegion`] gives access to the region of interface v1.
+//! [`airlift_core::MigrationDevice`] over migration interface v2, or over the migration region of
+//! interface v1, which [`KernelRegion`] gives access to. [`choose`] says who can report the memory that it
+//! writes by DMA, and [`PciConfig`] holds what its migration data does not.
 //!
 //! ```no_run
 //! use airlift_core::{DeviceId, MigrationDevice};
@@ -38,6 +38,8 @@ mod pci;
 mod region;
 mod session;
 mod sys;
+mod v1;
+mod v2;
 mod walk;
 
 pub use device::VfioDevice;

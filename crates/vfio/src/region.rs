@@ -4,21 +4,55 @@
 //! What the region holds is not looked at here.
 
 use crate::error::{ended, protocol, refused};
+use crate::sys::CallError;
 use crate::{DeviceFd, RegionFlags, RegionInfo};
+use airlift_core::v1::REGION_TYPE;
 use airlift_core::{DeviceError, DeviceErrorKind, Errno, RegionAccess, RegionArea};
 use airlift_memory::{Access, Mapping};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Type and subtype of the region of interface v1.
-const MIGRATION: (u32, u32) = (3, 1);
-/// Most regions of a device that are looked at: PCI devices have nine and a few of their own.
-const MAX_REGIONS: u32 = 1024;
+/// Most regions that a device may state: PCI devices have nine and a few of their own.
+pub(crate) const MAX_REGIONS: u32 = 128;
 /// How long one access may take: drivers answer some only when their data is there.
 const ANSWER: Duration = Duration::from_secs(30);
+/// How long the access after one that was given up may take: a driver that is stuck is not waited for
+/// as long again.
+const AFTER_GIVING_UP: Duration = Duration::from_secs(2);
 
 const READ: &str = "read of a region";
 const WRITE: &str = "write of a region";
+
+/// Tells the accesses of one call that it is to end. Clones share.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Bell(Arc<Rung>);
+
+#[derive(Debug, Default)]
+struct Rung {
+    /// How often it was rung.
+    count: AtomicU64,
+    /// How often of that ended an access, or came while there was no call.
+    heard: AtomicU64,
+}
+
+impl Bell {
+    pub(crate) fn ring(&self) {
+        self.0.count.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A call begins: what was rung before is not about it.
+    pub(crate) fn begin(&self) {
+        self.take();
+    }
+
+    /// Whether it was rung since this was asked, or a call began.
+    fn take(&self) -> bool {
+        let count = self.0.count.load(Ordering::Acquire);
+        self.0.heard.swap(count, Ordering::AcqRel) != count
+    }
+}
 
 /// A region of a kernel device.
 #[derive(Debug)]
@@ -28,10 +62,15 @@ pub struct KernelRegion {
     areas: Vec<RegionArea>,
     /// One for each of `areas`.
     mappings: Vec<Mapping>,
+    unmapped: Option<String>,
     answer: Duration,
+    bell: Bell,
+    /// The access before was given up.
+    gave_up: bool,
 }
 
-/// Finds the migration region of interface v1: type 3, subtype 1. `None` where the device has none.
+/// Finds the migration region of interface v1: type 3, subtype 1 (V1-REGION). `None` where the device
+/// has none.
 ///
 /// # Errors
 /// When the device does not answer, or the region is empty or cannot be read and written.
@@ -44,7 +83,7 @@ pub fn find_migration_region(fd: &DeviceFd) -> Result<Option<KernelRegion>, Devi
             Err(error) if error.errno == Some(Errno::EINVAL) => continue,
             Err(error) => return Err(error),
         };
-        if info.kind == Some(MIGRATION) {
+        if info.kind == Some(REGION_TYPE) {
             if info.size == 0 || !info.flags.contains(RegionFlags::READ | RegionFlags::WRITE) {
                 let message = format!(
                     "the migration region has {} bytes and flags {:#x}; it must be readable and writable",
@@ -61,7 +100,7 @@ pub fn find_migration_region(fd: &DeviceFd) -> Result<Option<KernelRegion>, Devi
 
 impl KernelRegion {
     /// The region that `info` tells of, with all mapped that can be. Where mapping fails, that is said
-    /// once in the log, and reads and writes are used.
+    /// once in the log, and reads and writes are used (V1-MMAP).
     ///
     /// # Errors
     /// When the region has no bytes.
@@ -69,7 +108,16 @@ impl KernelRegion {
         if info.size == 0 {
             return Err(protocol("VFIO_DEVICE_GET_REGION_INFO", format!("region {} is empty", info.index)));
         }
-        let mut region = Self { fd, info, areas: Vec::new(), mappings: Vec::new(), answer: ANSWER };
+        let mut region = Self {
+            fd,
+            info,
+            areas: Vec::new(),
+            mappings: Vec::new(),
+            unmapped: None,
+            answer: ANSWER,
+            bell: Bell::default(),
+            gave_up: false,
+        };
         region.map();
         Ok(region)
     }
@@ -79,6 +127,18 @@ impl KernelRegion {
     pub const fn with_timeout(mut self, timeout: Duration) -> Self {
         self.answer = timeout;
         self
+    }
+
+    /// The same with accesses that end when this is rung.
+    pub(crate) fn with_bell(mut self, bell: Bell) -> Self {
+        self.bell = bell;
+        self
+    }
+
+    /// Why a part of it that the driver lets be mapped is not.
+    #[must_use]
+    pub fn unmapped(&self) -> Option<&str> {
+        self.unmapped.as_deref()
     }
 
     /// What the driver says of the region.
@@ -92,7 +152,6 @@ impl KernelRegion {
             true => Access::ReadWrite,
             false => Access::ReadOnly,
         };
-        let mut said = false;
         for area in &self.info.mappable {
             let at = self.info.offset.saturating_add(area.offset);
             match Mapping::of_device(self.fd.as_fd(), at, area.length, access) {
@@ -101,15 +160,49 @@ impl KernelRegion {
                     self.mappings.push(mapping);
                 }
                 Err(error) => {
-                    if !std::mem::replace(&mut said, true) {
-                        tracing::warn!(
-                            region = self.info.index, offset = area.offset, length = area.length, error = %error,
-                            "a part of a region cannot be mapped; reads and writes are used, which are slower"
-                        );
-                    }
+                    self.unmapped.get_or_insert_with(|| {
+                        format!("{} bytes at {:#x}: {error}", area.length, area.offset)
+                    });
                 }
             }
         }
+        if let Some(error) = &self.unmapped {
+            tracing::warn!(
+                region = self.info.index,
+                error,
+                "a part of a region cannot be mapped; reads and writes are used, which are slower"
+            );
+        }
+    }
+
+    /// How long one call may take.
+    fn limit(&self) -> Duration {
+        if self.gave_up { self.answer.min(AFTER_GIVING_UP) } else { self.answer }
+    }
+
+    /// Makes an access in as many calls as the driver wants. `once` goes on where so many bytes are done.
+    fn access(
+        &mut self,
+        operation: &str,
+        field: bool,
+        length: usize,
+        mut once: impl FnMut(usize) -> Result<usize, Errno>,
+    ) -> Result<(), DeviceError> {
+        let (alarm, bell) = (self.fd.alarm(), &self.bell);
+        let limit = self.limit();
+        let made = whole(operation, field, length, |done| {
+            let called =
+                if bell.take() { Err(CallError::Interrupted) } else { alarm.call(limit, || once(done)) };
+            if called == Err(CallError::Interrupted) {
+                // It was meant for this one, not for the next as well.
+                bell.take();
+            }
+            called.map_err(|error| ended(operation, error))
+        });
+        let gave_up =
+            |e: &DeviceError| matches!(e.kind, DeviceErrorKind::TimedOut | DeviceErrorKind::Interrupted);
+        self.gave_up = made.as_ref().is_err_and(gave_up);
+        made
     }
 
     /// The place in the descriptor of `length` bytes at `offset`.
@@ -176,20 +269,17 @@ impl RegionAccess for KernelRegion {
 
     fn read_trapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         let at = self.place(offset, buf.len(), READ)?;
-        let (fd, alarm) = (self.fd.as_fd(), self.fd.alarm());
-        whole(READ, is_field(offset, buf.len()), buf.len(), |done| {
-            let part = &mut buf[done..];
-            let read = || rustix::io::pread(fd, &mut *part, at + done as u64).map_err(errno);
-            alarm.call(self.answer, read).map_err(|e| ended(READ, e))
+        let fd = self.fd.clone();
+        self.access(READ, is_field(offset, buf.len()), buf.len(), |done| {
+            rustix::io::pread(fd.as_fd(), &mut buf[done..], at + done as u64).map_err(errno)
         })
     }
 
     fn write_trapped(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         let at = self.place(offset, data.len(), WRITE)?;
-        let (fd, alarm) = (self.fd.as_fd(), self.fd.alarm());
-        whole(WRITE, is_field(offset, data.len()), data.len(), |done| {
-            let write = || rustix::io::pwrite(fd, &data[done..], at + done as u64).map_err(errno);
-            alarm.call(self.answer, write).map_err(|e| ended(WRITE, e))
+        let fd = self.fd.clone();
+        self.access(WRITE, is_field(offset, data.len()), data.len(), |done| {
+            rustix::io::pwrite(fd.as_fd(), &data[done..], at + done as u64).map_err(errno)
         })
     }
 
@@ -218,7 +308,7 @@ mod tests {
             flags: RegionFlags::READ | RegionFlags::WRITE | RegionFlags::MMAP,
             size: 0x4000,
             offset: 0x1000,
-            kind: Some(MIGRATION),
+            kind: Some(REGION_TYPE),
             mappable: mappable
                 .iter()
                 .map(|(offset, length)| RegionArea { offset: *offset, length: *length })
@@ -242,11 +332,13 @@ mod tests {
         assert_eq!(u64::from_ne_bytes(word), 7);
     }
 
+    // V1-MMAP
     #[test]
     fn what_cannot_be_mapped_is_read_and_written() {
         // Not page aligned: the system refuses to map it.
         let mut region = region(&[(0x1100, 0x1000), (0x3000, 0x1000)]);
         assert_eq!(region.mapped(), [RegionArea { offset: 0x3000, length: 0x1000 }]);
+        assert!(region.unmapped().unwrap().contains("0x1100"), "{:?}", region.unmapped());
         let mut got = vec![1; 0x3000];
         airlift_core::region::read_data(&mut region, 0x1000, &mut got).unwrap();
         assert_eq!(got, [0; 0x3000]);
@@ -261,6 +353,35 @@ mod tests {
             assert_eq!(error.kind, DeviceErrorKind::Misuse);
             assert!(region.write_trapped(offset, &vec![0; length]).is_err());
         }
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn an_interruption_between_two_accesses_of_a_call_ends_the_call_and_no_other() {
+        let bell = Bell::default();
+        let mut region = region(&[]).with_bell(bell.clone());
+        let mut word = [0; 8];
+        // While there was no call.
+        bell.ring();
+        bell.begin();
+        region.read_trapped(0, &mut word).unwrap();
+        bell.ring();
+        let error = region.write_trapped(0, &[0; 8]).unwrap_err();
+        assert_eq!((error.kind, error.errno), (DeviceErrorKind::Interrupted, Some(Errno::EINTR)));
+        // The state is read back after it.
+        region.read_trapped(0, &mut word).unwrap();
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn a_driver_that_is_stuck_is_not_waited_for_as_long_again() {
+        let mut region = region(&[]).with_timeout(Duration::from_millis(5));
+        let error = region.access(READ, true, 1, |_| Err(Errno::EINTR)).unwrap_err();
+        assert_eq!(error.kind, DeviceErrorKind::TimedOut);
+        let mut region = region.with_timeout(ANSWER);
+        assert_eq!(region.limit(), AFTER_GIVING_UP);
+        region.access(READ, true, 1, |_| Ok(1)).unwrap();
+        assert_eq!(region.limit(), ANSWER);
     }
 
     #[test]

@@ -79,6 +79,7 @@ fn ask(opened: OpenDevice, timeout: Duration, probed: &mut Probed) -> Result<(),
     let device = VfioDevice::new(id, opened, options)?;
     probed.can(&device.capabilities(), device.identity());
     probed.state = Some(device.found_state());
+    probed.migration_region = device.migration_region().map(Into::into);
     probed.dma_logging = probed.features.contains(&"DMA_LOGGING_START");
     let tracked = choice.source.is_some();
     if let Some(kernel) = &mut probed.kernel {

@@ -18,4 +18,5 @@ mod refused;
 mod relay;
 mod stuck;
 mod support;
+mod v1;
 mod vmm;

@@ -85,10 +85,28 @@ fn a_device_without_migration_says_why_and_what_to_do() {
     assert!(found["not_migratable"].as_str().unwrap().contains("no migration"), "{found:#}");
     let advice = found["missing"][0]["advice"].as_str().unwrap();
     assert!(advice.contains("vfio-pci itself cannot migrate"), "{found:#}");
+}
 
-    let (found, _) = one(&Mdev::ours("v1", 4096).address());
-    assert_eq!(found["migratable"], false);
-    assert!(found["not_migratable"].as_str().unwrap().contains("interface v1"), "{found:#}");
+// V1-REGION
+#[test]
+#[ignore = "needs the test VM: cargo xtask vm-test"]
+fn a_device_of_interface_v1_shows_its_region() {
+    let mdev = Mdev::ours("v1", 4096);
+    mdev.set("v1_section", "32768");
+    mdev.set("v1_map", "sparse");
+    let (found, code) = one(&mdev.address());
+    assert_eq!(code, 0, "{found:#}");
+    assert_eq!((&found["migratable"], &found["interface"]), (&true.into(), &"v1".into()), "{found:#}");
+    assert_eq!((&found["state"], &found["precopy"]), (&"RUNNING".into(), &true.into()), "{found:#}");
+    let region = &found["migration_region"];
+    assert_eq!((&region["index"], &region["data_section"]), (&9.into(), &32768.into()), "{found:#}");
+    assert_eq!((&region["size"], &region["not_mapped"]), (&(4096 + 32768).into(), &Value::Null));
+    // In the driver's order, behind the page of the fields.
+    let offsets = |at: usize| region["mapped"][at]["offset"].as_u64().unwrap();
+    assert_eq!((offsets(0), offsets(1)), (4096 + 3 * 8192, 4096 + 8192), "{found:#}");
+    let missing = found["missing"].as_array().unwrap();
+    let advice = missing.iter().find(|m| m["what"] == "the P2P states").unwrap()["advice"].as_str().unwrap();
+    assert!(advice.contains("--assume-no-peer-dma"), "{found:#}");
 }
 
 #[test]

@@ -114,7 +114,7 @@ impl Mdev {
         self.open_with(Recover::Leave)
     }
 
-    fn open_with(&self, recover: Recover) -> VfioDevice {
+    pub(crate) fn open_with(&self, recover: Recover) -> VfioDevice {
         let address = DeviceAddress::Mdev(self.uuid.clone());
         let opened = airlift_vfio::open(&address, &OpenOptions::default())
             .unwrap_or_else(|e| panic!("{e}; {}", e.advice()));

@@ -15,3 +15,6 @@ mod save_load;
 mod streams;
 mod support;
 mod transitions;
+mod v1;
+mod v1_faults;
+mod v1_support;
