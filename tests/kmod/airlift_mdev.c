@@ -79,7 +79,8 @@ static void airlift_do_reset(struct airlift_dev *dev)
 	airlift_clear_state(dev);
 	airlift_pci_reset(dev);
 	airlift_irq_reset(dev);
-	airlift_v2_enter(dev, VFIO_DEVICE_STATE_RUNNING);
+	if (!airlift_is_v1(dev))
+		airlift_v2_enter(dev, VFIO_DEVICE_STATE_RUNNING);
 }
 
 /* Takes state_mutex. A thread that is killed gives up. */
@@ -299,9 +300,9 @@ static int airlift_init(struct vfio_device *vdev)
 	dev->v1.section_size = SZ_64K;
 	airlift_v1_reset(dev);
 	airlift_pci_reset(dev);
-	airlift_enter(dev, VFIO_DEVICE_STATE_RUNNING, true, true);
 
 	if (!airlift_is_v1(dev)) {
+		airlift_enter(dev, VFIO_DEVICE_STATE_RUNNING, true, true);
 		vdev->migration_flags = dev->type->migration_flags;
 		vdev->mig_ops = &airlift_mig_ops;
 		vdev->log_ops = &airlift_log_ops;
