@@ -3,8 +3,9 @@
 //!
 //! Whether what a region holds makes sense is not checked here.
 
-use crate::error::{protocol, refused};
-use crate::sys::{self, Alarm, IrqData};
+use crate::error::{ended, protocol};
+use crate::region::whole;
+use crate::sys::{self, Alarm, CallError, IrqData};
 pub use airlift_core::RegionArea;
 use airlift_core::{DeviceError, DeviceErrorKind, Errno};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +15,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_CAP_TYPE,
 };
 
+/// How long the driver may take over one request: some are made while the guest stands still.
+const ANSWER: Duration = Duration::from_secs(5);
 /// Most mapped areas of one region that are looked at.
 const MAX_AREAS: usize = 4096;
 
@@ -90,13 +93,23 @@ impl DeviceFd {
         &self.alarm
     }
 
+    /// Makes a request that ends when the alarm is rung, or when it takes longer than `limit`.
+    fn within<T>(
+        &self,
+        limit: Duration,
+        operation: &str,
+        call: impl FnMut() -> Result<T, Errno>,
+    ) -> Result<T, DeviceError> {
+        self.alarm.call(limit, call).map_err(|e| ended(operation, e))
+    }
+
     /// What the device is.
     ///
     /// # Errors
     /// When the descriptor is not that of a VFIO device, or is one of a cdev that was not bound yet.
     pub fn info(&self) -> Result<DeviceInfo, DeviceError> {
-        let (flags, regions, irqs) =
-            sys::device_info(self.as_fd()).map_err(|e| refused("VFIO_DEVICE_GET_INFO", e))?;
+        let ask = || sys::device_info(self.as_fd());
+        let (flags, regions, irqs) = self.within(ANSWER, "VFIO_DEVICE_GET_INFO", ask)?;
         Ok(DeviceInfo { flags: DeviceFlags::from_bits_retain(flags), regions, irqs })
     }
 
@@ -106,7 +119,7 @@ impl DeviceFd {
     /// EINVAL where there is no such region.
     pub fn region(&self, index: u32) -> Result<RegionInfo, DeviceError> {
         let operation = "VFIO_DEVICE_GET_REGION_INFO";
-        let raw = sys::region_info(self.as_fd(), index).map_err(|e| refused(operation, e))?;
+        let raw = self.within(ANSWER, operation, || sys::region_info(self.as_fd(), index))?;
         let flags = RegionFlags::from_bits_retain(raw.flags);
         let find = |id| raw.caps.find(u16::try_from(id).unwrap_or(u16::MAX));
         let kind = find(VFIO_REGION_INFO_CAP_TYPE).and_then(|content| {
@@ -128,10 +141,10 @@ impl DeviceFd {
     /// # Errors
     /// When the device does not answer.
     pub fn irq_count(&self, index: u32) -> Result<u32, DeviceError> {
-        match sys::irq_info(self.as_fd(), index) {
+        match self.alarm.call(ANSWER, || sys::irq_info(self.as_fd(), index)) {
             Ok((_, count)) => Ok(count),
-            Err(Errno::EINVAL) => Ok(0),
-            Err(errno) => Err(refused("VFIO_DEVICE_GET_IRQ_INFO", errno)),
+            Err(CallError::Errno(Errno::EINVAL)) => Ok(0),
+            Err(error) => Err(ended("VFIO_DEVICE_GET_IRQ_INFO", error)),
         }
     }
 
@@ -145,9 +158,7 @@ impl DeviceFd {
         start: u32,
         eventfds: &[Option<BorrowedFd<'_>>],
     ) -> Result<(), DeviceError> {
-        let data = IrqData::Eventfd(eventfds);
-        sys::set_irqs(self.as_fd(), index, start, VFIO_IRQ_SET_ACTION_TRIGGER, &data)
-            .map_err(|e| refused("VFIO_DEVICE_SET_IRQS", e))
+        self.set_irqs(index, start, &IrqData::Eventfd(eventfds))
     }
 
     /// Switches an interrupt index off.
@@ -155,52 +166,38 @@ impl DeviceFd {
     /// # Errors
     /// When the driver refuses.
     pub fn disable_irqs(&self, index: u32) -> Result<(), DeviceError> {
-        sys::set_irqs(self.as_fd(), index, 0, VFIO_IRQ_SET_ACTION_TRIGGER, &IrqData::None(0))
-            .map_err(|e| refused("VFIO_DEVICE_SET_IRQS", e))
+        self.set_irqs(index, 0, &IrqData::None(0))
+    }
+
+    fn set_irqs(&self, index: u32, start: u32, data: &IrqData<'_>) -> Result<(), DeviceError> {
+        let set = || sys::set_irqs(self.as_fd(), index, start, VFIO_IRQ_SET_ACTION_TRIGGER, data);
+        self.within(ANSWER, "VFIO_DEVICE_SET_IRQS", set)
     }
 
     /// Reads `buf` from `offset` of a region, in accesses as large as the driver takes.
     ///
     /// # Errors
-    /// When it lies outside of the region, or the driver refuses or gives less.
+    /// When it lies outside of the region, or the driver refuses, gives less, or does not answer in 5 s.
     pub fn read_region(&self, region: &RegionInfo, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         let operation = "read of a region";
-        let mut at = place(region, offset, buf.len(), operation)?;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            match rustix::io::pread(&*self.fd, &mut *rest, at) {
-                Ok(0) => return Err(protocol(operation, "the driver gave less than it says that it has")),
-                Ok(read) => {
-                    rest = rest.split_at_mut(read.min(rest.len())).1;
-                    at += read as u64;
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(refused(operation, Errno(error.raw_os_error()))),
-            }
-        }
-        Ok(())
+        let at = place(region, offset, buf.len(), operation)?;
+        whole(operation, false, buf.len(), |done| {
+            let read = || rustix::io::pread(&*self.fd, &mut buf[done..], at + done as u64);
+            self.within(ANSWER, operation, number(read))
+        })
     }
 
     /// Writes `data` to `offset` of a region, in accesses as large as the driver takes.
     ///
     /// # Errors
-    /// When it lies outside of the region, or the driver refuses or takes less.
+    /// When it lies outside of the region, or the driver refuses, takes less, or does not answer in 5 s.
     pub fn write_region(&self, region: &RegionInfo, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         let operation = "write of a region";
-        let mut at = place(region, offset, data.len(), operation)?;
-        let mut rest = data;
-        while !rest.is_empty() {
-            match rustix::io::pwrite(&*self.fd, rest, at) {
-                Ok(0) => return Err(protocol(operation, "the driver took less than it says that it has")),
-                Ok(written) => {
-                    rest = rest.get(written..).unwrap_or_default();
-                    at += written as u64;
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(refused(operation, Errno(error.raw_os_error()))),
-            }
-        }
-        Ok(())
+        let at = place(region, offset, data.len(), operation)?;
+        whole(operation, false, data.len(), |done| {
+            let write = || rustix::io::pwrite(&*self.fd, &data[done..], at + done as u64);
+            self.within(ANSWER, operation, number(write))
+        })
     }
 
     /// Resets the device: to RUNNING, whatever it was in (V2-ERROR); what it held is lost.
@@ -208,10 +205,13 @@ impl DeviceFd {
     /// # Errors
     /// When the driver cannot, or does not answer in `timeout`.
     pub fn reset(&self, timeout: Duration) -> Result<(), DeviceError> {
-        self.alarm
-            .call(timeout, || sys::reset(self.as_fd()))
-            .map_err(|e| crate::error::ended("VFIO_DEVICE_RESET", e))
+        self.within(timeout, "VFIO_DEVICE_RESET", || sys::reset(self.as_fd()))
     }
+}
+
+/// The same call with the error's number.
+fn number<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> impl FnMut() -> Result<T, Errno> {
+    move || call().map_err(|error| Errno(error.raw_os_error()))
 }
 
 /// The place in the descriptor of `length` bytes at `offset` of `region`.
@@ -275,16 +275,51 @@ mod tests {
         assert_eq!(sparse(&capability(&[], u32::MAX), 0x3000), None);
     }
 
-    #[test]
-    fn an_access_outside_of_a_region_is_not_made() {
-        let region = RegionInfo {
+    fn file(content: &[u8]) -> DeviceFd {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, content).unwrap();
+        DeviceFd::new(file.into())
+    }
+
+    fn region(size: u64) -> RegionInfo {
+        RegionInfo {
             index: 0,
-            flags: RegionFlags::READ,
-            size: 0x100,
-            offset: 0x1000,
+            flags: RegionFlags::READ | RegionFlags::WRITE,
+            size,
+            offset: 4,
             kind: None,
             mappable: Vec::new(),
-        };
+        }
+    }
+
+    #[test]
+    fn a_region_is_read_and_written_where_it_lies_and_a_driver_that_has_less_is_noticed() {
+        let fd = file(b"0123456789");
+        let mut got = [0; 4];
+        fd.write_region(&region(8), 1, b"ab").unwrap();
+        fd.read_region(&region(8), 0, &mut got).unwrap();
+        assert_eq!(&got, b"4ab7");
+        assert_eq!(fd.read_region(&region(8), 4, &mut got).unwrap_err().kind, DeviceErrorKind::Protocol);
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn a_request_that_the_driver_does_not_answer_ends() {
+        let fd = file(b"");
+        let late = fd.within(Duration::from_millis(5), "x", || Err::<(), _>(Errno::EINTR)).unwrap_err();
+        assert_eq!((late.kind, late.errno), (DeviceErrorKind::TimedOut, Some(Errno::ETIMEDOUT)));
+        // By the device's interrupter.
+        let alarm = fd.alarm().clone();
+        let rung = fd.within(Duration::from_secs(60), "x", || {
+            alarm.ring();
+            Err::<(), _>(Errno::EINTR)
+        });
+        assert_eq!(rung.unwrap_err().kind, DeviceErrorKind::Interrupted);
+    }
+
+    #[test]
+    fn an_access_outside_of_a_region_is_not_made() {
+        let region = RegionInfo { offset: 0x1000, ..region(0x100) };
         assert_eq!(place(&region, 0xf0, 0x10, "x"), Ok(0x10f0));
         assert!(place(&region, 0xf1, 0x10, "x").is_err());
         assert!(place(&region, u64::MAX, 2, "x").is_err());

@@ -4,7 +4,7 @@
 //! What the region holds is not looked at here.
 
 use crate::error::{ended, protocol, refused};
-use crate::sys::CallError;
+use crate::sys::{Alarm, CallError};
 use crate::{DeviceFd, RegionFlags, RegionInfo};
 use airlift_core::v1::REGION_TYPE;
 use airlift_core::{DeviceError, DeviceErrorKind, Errno, RegionAccess, RegionArea};
@@ -25,32 +25,33 @@ const AFTER_GIVING_UP: Duration = Duration::from_secs(2);
 const READ: &str = "read of a region";
 const WRITE: &str = "write of a region";
 
-/// Tells the accesses of one call that it is to end. Clones share.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Bell(Arc<Rung>);
-
-#[derive(Debug, Default)]
-struct Rung {
-    /// How often it was rung.
-    count: AtomicU64,
-    /// How often of that ended an access, or came while there was no call.
-    heard: AtomicU64,
+/// Ends the accesses of one call when the device's alarm is rung while it is made, also when that is
+/// between two of them. Clones share.
+#[derive(Clone, Debug)]
+pub(crate) struct Bell {
+    alarm: Alarm,
+    /// How often it had been rung when the call began, or when it ended an access.
+    heard: Arc<AtomicU64>,
 }
 
 impl Bell {
-    pub(crate) fn ring(&self) {
-        self.0.count.fetch_add(1, Ordering::AcqRel);
+    pub(crate) fn new(alarm: Alarm) -> Self {
+        let heard = Arc::new(AtomicU64::new(alarm.rings()));
+        Self { alarm, heard }
     }
 
     /// A call begins: what was rung before is not about it.
     pub(crate) fn begin(&self) {
-        self.take();
+        self.heard.store(self.alarm.rings(), Ordering::Release);
     }
 
-    /// Whether it was rung since this was asked, or a call began.
-    fn take(&self) -> bool {
-        let count = self.0.count.load(Ordering::Acquire);
-        self.0.heard.swap(count, Ordering::AcqRel) != count
+    /// Makes an access. A ring ends one of a call, and not what is done about that as well.
+    fn call<T>(&self, timeout: Duration, access: impl FnMut() -> Result<T, Errno>) -> Result<T, CallError> {
+        let made = self.alarm.call_since(self.heard.load(Ordering::Acquire), timeout, access);
+        if matches!(made, Err(CallError::Interrupted)) {
+            self.begin();
+        }
+        made
     }
 }
 
@@ -64,7 +65,7 @@ pub struct KernelRegion {
     mappings: Vec<Mapping>,
     unmapped: Option<String>,
     answer: Duration,
-    bell: Bell,
+    bell: Option<Bell>,
     /// The access before was given up.
     gave_up: bool,
 }
@@ -115,7 +116,7 @@ impl KernelRegion {
             mappings: Vec::new(),
             unmapped: None,
             answer: ANSWER,
-            bell: Bell::default(),
+            bell: None,
             gave_up: false,
         };
         region.map();
@@ -131,7 +132,7 @@ impl KernelRegion {
 
     /// The same with accesses that end when this is rung.
     pub(crate) fn with_bell(mut self, bell: Bell) -> Self {
-        self.bell = bell;
+        self.bell = Some(bell);
         self
     }
 
@@ -188,15 +189,12 @@ impl KernelRegion {
         length: usize,
         mut once: impl FnMut(usize) -> Result<usize, Errno>,
     ) -> Result<(), DeviceError> {
-        let (alarm, bell) = (self.fd.alarm(), &self.bell);
         let limit = self.limit();
         let made = whole(operation, field, length, |done| {
-            let called =
-                if bell.take() { Err(CallError::Interrupted) } else { alarm.call(limit, || once(done)) };
-            if called == Err(CallError::Interrupted) {
-                // It was meant for this one, not for the next as well.
-                bell.take();
-            }
+            let called = match &self.bell {
+                Some(bell) => bell.call(limit, || once(done)),
+                None => self.fd.alarm().call(limit, || once(done)),
+            };
             called.map_err(|error| ended(operation, error))
         });
         let gave_up =
@@ -234,7 +232,7 @@ const fn is_field(offset: u64, length: usize) -> bool {
 
 /// Repeats `access`, which does a part and says how much, until `length` bytes are done. A field is
 /// never done in parts.
-fn whole(
+pub(crate) fn whole(
     operation: &str,
     field: bool,
     length: usize,
@@ -358,14 +356,16 @@ mod tests {
     // K-GIVE-UP
     #[test]
     fn an_interruption_between_two_accesses_of_a_call_ends_the_call_and_no_other() {
-        let bell = Bell::default();
-        let mut region = region(&[]).with_bell(bell.clone());
+        let region = region(&[]);
+        let alarm = region.fd.alarm().clone();
+        let bell = Bell::new(alarm.clone());
+        let mut region = region.with_bell(bell.clone());
         let mut word = [0; 8];
         // While there was no call.
-        bell.ring();
+        alarm.ring();
         bell.begin();
         region.read_trapped(0, &mut word).unwrap();
-        bell.ring();
+        alarm.ring();
         let error = region.write_trapped(0, &[0; 8]).unwrap_err();
         assert_eq!((error.kind, error.errno), (DeviceErrorKind::Interrupted, Some(Errno::EINTR)));
         // The state is read back after it.

@@ -13,7 +13,6 @@ use airlift_core::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vfio_bindings::bindings::vfio::VFIO_PRECOPY_INFO_REINIT;
@@ -50,8 +49,6 @@ impl Direction {
 pub(crate) struct Manner {
     /// Whose calls the device's interrupter ends.
     pub(crate) alarm: Alarm,
-    /// Counts how often the interrupter was used: it ends a loop between two calls too.
-    pub(crate) rings: Arc<AtomicU64>,
     /// The bounds of waits.
     pub(crate) options: VfioOptions,
     /// The driver was told to announce new initial data (V2-REINIT).
@@ -59,20 +56,17 @@ pub(crate) struct Manner {
 }
 
 impl Manner {
-    pub(crate) fn rings(&self) -> u64 {
-        self.rings.load(Ordering::Acquire)
-    }
-
     /// Makes a read or write that may have to be repeated, until it makes progress or the time is up
-    /// (V2-SHORT).
+    /// (V2-SHORT). It belongs to a call that began at so many `rings` of the alarm.
     fn transfer(
         &self,
+        rings: u64,
         fd: BorrowedFd<'_>,
         events: PollFlags,
         mut once: impl FnMut() -> rustix::io::Result<usize>,
     ) -> Result<usize, CallError> {
         let mut pause = Duration::ZERO;
-        self.alarm.call(self.options.data_timeout, || {
+        self.alarm.call_since(rings, self.options.data_timeout, || {
             loop {
                 match once() {
                     Ok(bytes) => return Ok(bytes),
@@ -242,11 +236,13 @@ impl SaveSession for Save {
             return Err(misuse(READ, "a read into an empty buffer"));
         }
         let file = &self.0;
+        let rings = file.manner.alarm.rings();
         let (fd, state) = file.begin(READ)?;
         if file.lock().ended {
             return Ok(Piece::End);
         }
-        let answer = file.manner.transfer(fd.as_fd(), PollFlags::IN, || rustix::io::read(&*fd, &mut *buf));
+        let once = || rustix::io::read(&*fd, &mut *buf);
+        let answer = file.manner.transfer(rings, fd.as_fd(), PollFlags::IN, once);
         let piece = meaning(state, answer).map_err(|error| file.fail(error))?;
         if piece == Piece::End {
             file.lock().ended = true;
@@ -273,15 +269,11 @@ impl LoadSession for Load {
     fn write(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let file = &self.0;
         let (fd, _) = file.begin(WRITE)?;
-        let rings = file.manner.rings();
+        let rings = file.manner.alarm.rings();
         let mut rest = data;
         while !rest.is_empty() {
-            let answer = if file.manner.rings() == rings {
-                file.manner.transfer(fd.as_fd(), PollFlags::OUT, || rustix::io::write(&*fd, rest))
-            } else {
-                Err(CallError::Interrupted)
-            };
-            match answer {
+            let once = || rustix::io::write(&*fd, rest);
+            match file.manner.transfer(rings, fd.as_fd(), PollFlags::OUT, once) {
                 Ok(0) => return Err(file.fail(protocol(WRITE, "the driver took nothing and gave no error"))),
                 Ok(written) => rest = rest.get(written..).unwrap_or_default(),
                 Err(error) => return Err(file.fail(ended(WRITE, error))),

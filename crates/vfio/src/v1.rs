@@ -33,7 +33,7 @@ impl V1 {
         options: &VfioOptions,
     ) -> Result<Option<(Self, DeviceState)>, DeviceError> {
         let Some(region) = find_migration_region(fd)? else { return Ok(None) };
-        let bell = Bell::default();
+        let bell = Bell::new(fd.alarm().clone());
         let mut region = region.with_bell(bell.clone()).with_timeout(options.answer_timeout);
         let found = bits::state_of(read_u32(&mut region, DEVICE_STATE)?);
         // From here on an access may be what makes data, or an arc: it takes as long as the device does.
@@ -48,13 +48,10 @@ impl V1 {
             // A driver of the kernel has no way to say so.
             whole_transactions: false,
         };
-        let (resets, alarm, rings) = (fd.clone(), fd.alarm().clone(), bell.clone());
+        let (resets, alarm) = (fd.clone(), fd.alarm().clone());
         let control = V1Control {
             reset: Box::new(move || resets.reset(timeout)),
-            interrupter: Interrupter::new(move || {
-                rings.ring();
-                alarm.ring();
-            }),
+            interrupter: Interrupter::new(move || alarm.ring()),
             whole_transactions: view.whole_transactions,
         };
         // Who it is asks for more than the region, and is answered by whoever holds this.

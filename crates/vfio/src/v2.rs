@@ -13,8 +13,6 @@ use airlift_core::{
     TransitionError,
 };
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_MIG_DATA_SIZE, VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2,
@@ -29,8 +27,14 @@ impl Driver for DeviceFd {
         raw.map(DeviceState::from_raw).map_err(|e| ended(GET_STATE, e))
     }
 
-    fn set_state(&self, state: DeviceState, timeout: Duration) -> Result<Option<OwnedFd>, DeviceError> {
-        let set = self.alarm().call(timeout, || sys::set_state(self.as_fd(), state.to_raw()));
+    fn set_state(
+        &self,
+        state: DeviceState,
+        rings: u64,
+        timeout: Duration,
+    ) -> Result<Option<OwnedFd>, DeviceError> {
+        let set = || sys::set_state(self.as_fd(), state.to_raw());
+        let set = self.alarm().call_since(rings, timeout, set);
         set.map_err(|e| ended(SET_STATE, e))
     }
 
@@ -67,8 +71,7 @@ impl V2 {
             && has(VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2, true)?
             && fd.alarm().call(answer, || sys::precopy_info_v2(fd.as_fd())).is_ok();
         let alarm = fd.alarm().clone();
-        let manner =
-            Manner { alarm, rings: Arc::new(AtomicU64::new(0)), options, reinit: capabilities.reinit };
+        let manner = Manner { alarm, options, reinit: capabilities.reinit };
         Ok(Self { states: States::new(id, fd.clone(), capabilities, manner), data_size })
     }
 
@@ -105,10 +108,7 @@ impl V2 {
     }
 
     pub(crate) fn interrupter(&self) -> Interrupter {
-        let (alarm, rings) = (self.states.manner.alarm.clone(), Arc::clone(&self.states.manner.rings));
-        Interrupter::new(move || {
-            rings.fetch_add(1, Ordering::AcqRel);
-            alarm.ring();
-        })
+        let alarm = self.states.manner.alarm.clone();
+        Interrupter::new(move || alarm.ring())
     }
 }

@@ -27,7 +27,13 @@ pub(crate) trait Driver {
     /// GET of the state.
     fn get_state(&self, timeout: Duration) -> Result<DeviceState, DeviceError>;
     /// SET of the state, which is a single arc away: the data descriptor, where the driver gives one.
-    fn set_state(&self, state: DeviceState, timeout: Duration) -> Result<Option<OwnedFd>, DeviceError>;
+    /// Not made when the alarm was rung more often than `rings` times.
+    fn set_state(
+        &self,
+        state: DeviceState,
+        rings: u64,
+        timeout: Duration,
+    ) -> Result<Option<OwnedFd>, DeviceError>;
     /// VFIO_DEVICE_RESET.
     fn reset(&self, timeout: Duration) -> Result<(), DeviceError>;
 }
@@ -82,7 +88,7 @@ impl<D: Driver> States<D> {
 
     /// Walks to `target`, arc by arc.
     pub(crate) fn set_state(&mut self, target: DeviceState) -> Result<Option<Session>, TransitionError> {
-        let rings = self.manner.rings();
+        let rings = self.manner.alarm.rings();
         let from = match self.state() {
             Ok(from) => from,
             Err(error) => {
@@ -106,13 +112,7 @@ impl<D: Driver> States<D> {
         let several = arcs.len() > 1;
         let mut session = None;
         for arc in arcs {
-            let made = if self.manner.rings() == rings {
-                self.make(arc)
-            } else {
-                let message = "the walk was ended from outside";
-                Err(DeviceError::new(DeviceErrorKind::Interrupted, SET_STATE, message))
-            };
-            match made {
+            match self.make(arc, rings) {
                 Ok(opened) => session = opened.or(session),
                 Err(mut error) => {
                     if several {
@@ -135,9 +135,9 @@ impl<D: Driver> States<D> {
     }
 
     /// Makes one arc: the session that it has opened.
-    fn make(&mut self, arc: StateArc) -> Result<Option<Session>, DeviceError> {
+    fn make(&mut self, arc: StateArc, rings: u64) -> Result<Option<Session>, DeviceError> {
         let begun = Instant::now();
-        let fd = self.driver.set_state(arc.to, self.manner.options.transition_timeout)?;
+        let fd = self.driver.set_state(arc.to, rings, self.manner.options.transition_timeout)?;
         let took_us = begun.elapsed().as_micros();
         tracing::debug!(name: "vfio_migration_set_device_state", device = %self.id, from = %arc.from, state = %arc.to, took_us);
         let direction = match arc.session() {

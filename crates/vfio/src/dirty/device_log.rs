@@ -16,6 +16,9 @@ const PAGE: u64 = 4096;
 /// How long a device may take over one request: some ask their firmware.
 const ANSWER: Duration = Duration::from_secs(30);
 
+/// How long one that has not answered may take to end its log.
+const AFTER_GIVING_UP: Duration = Duration::from_secs(2);
+
 const START: &str = "DMA_LOGGING_START";
 const REPORT: &str = "DMA_LOGGING_REPORT";
 const STOP: &str = "DMA_LOGGING_STOP";
@@ -28,7 +31,7 @@ impl DeviceLog {
     /// The log of the device `id`, whose descriptor is shared. Whether it has one is seen at the start.
     #[must_use]
     pub fn new(id: &DeviceId, device: DeviceFd) -> Self {
-        Self(Log { device, domain: domain(id), page_size: 0, ranges: Ranges::default() })
+        Self(Log::new(device, domain(id)))
     }
 }
 
@@ -64,7 +67,7 @@ impl DirtySource for DeviceLog {
 trait Requests {
     fn logging_start(&self, page_size: u64, ranges: &[[u64; 2]]) -> Result<u64, Errno>;
     fn logging_report(&self, iova: u64, length: u64, page_size: u64, bits: &mut [u64]) -> Result<(), Errno>;
-    fn logging_stop(&self) -> Result<(), Errno>;
+    fn logging_stop(&self, within: Duration) -> Result<(), Errno>;
 }
 
 impl Requests for DeviceFd {
@@ -78,8 +81,8 @@ impl Requests for DeviceFd {
         self.alarm().call(ANSWER, &mut once).map_err(errno)?
     }
 
-    fn logging_stop(&self) -> Result<(), Errno> {
-        self.alarm().call(ANSWER, || sys::logging_stop(self.as_fd())).map_err(errno)
+    fn logging_stop(&self, within: Duration) -> Result<(), Errno> {
+        self.alarm().call(within, || sys::logging_stop(self.as_fd())).map_err(errno)
     }
 }
 
@@ -97,6 +100,8 @@ struct Log<D> {
     domain: DomainId,
     page_size: u64,
     ranges: Ranges,
+    /// The device has not answered a report: it is not waited for again at the next one.
+    gave_up: Option<Errno>,
 }
 
 fn failed(operation: &str, errno: Option<Errno>, message: impl Into<String>) -> DirtyError {
@@ -112,6 +117,10 @@ const fn fewer_may_do(errno: Errno) -> bool {
 }
 
 impl<D: Requests> Log<D> {
+    fn new(device: D, domain: DomainId) -> Self {
+        Self { device, domain, page_size: 0, ranges: Ranges::default(), gave_up: None }
+    }
+
     fn start(&mut self, ranges: &[IovaRange]) -> Result<(), DirtyError> {
         let all =
             Ranges::new(ranges, PAGE, u64::MAX).ok_or_else(|| failed(START, None, "a range exceeds 2^64"))?;
@@ -121,24 +130,24 @@ impl<D: Requests> Log<D> {
         let (chosen, mut started) = self.start_merged(&all)?;
         if !chosen.is_power_of_two() || chosen < PAGE {
             // Best effort: such a log is not used.
-            let _ = self.device.logging_stop();
+            let _ = self.device.logging_stop(ANSWER);
             return Err(failed(START, None, format!("the device logs at pages of {chosen} bytes")));
         }
         let whole = started
             .rounded(chosen)
             .ok_or_else(|| failed(START, None, "a range in whole pages of the device exceeds 2^64"));
         let whole = whole.inspect_err(|_| {
-            let _ = self.device.logging_stop();
+            let _ = self.device.logging_stop(ANSWER);
         })?;
         if whole != started {
-            self.device.logging_stop().map_err(|e| {
+            self.device.logging_stop(ANSWER).map_err(|e| {
                 failed(STOP, Some(e), "logging could not be started again for whole pages of the device")
             })?;
             let again = self.device.logging_start(chosen, &whole.raw());
             let again =
                 again.map_err(|e| failed(START, Some(e), "whole pages of the device were refused"))?;
             if again != chosen {
-                let _ = self.device.logging_stop();
+                let _ = self.device.logging_stop(ANSWER);
                 return Err(failed(START, None, "the device does not keep to the page size that it chose"));
             }
             started = whole;
@@ -151,6 +160,7 @@ impl<D: Requests> Log<D> {
         }
         self.page_size = chosen;
         self.ranges = started;
+        self.gave_up = None;
         Ok(())
     }
 
@@ -174,9 +184,14 @@ impl<D: Requests> Log<D> {
         }
     }
 
-    fn report(&self, range: IovaRange, dirty: &mut dyn FnMut(IovaRange)) -> Result<(), DirtyError> {
+    fn report(&mut self, range: IovaRange, dirty: &mut dyn FnMut(IovaRange)) -> Result<(), DirtyError> {
         if self.page_size == 0 {
             return Err(failed(REPORT, None, "logging was not started"));
+        }
+        if let Some(errno) = self.gave_up {
+            let message = "the device has not answered a report, and is not asked again";
+            dirty(range);
+            return Err(failed(REPORT, Some(errno), message));
         }
         for (start, length) in self.ranges.parts(range, self.page_size) {
             let fetched = bitmap(length, self.page_size).and_then(|mut bits| {
@@ -188,6 +203,7 @@ impl<D: Requests> Log<D> {
                 Err(errno) => {
                     // The part may be longer than what was asked for, and may be cleared.
                     dirty(IovaRange::new(start, length));
+                    self.gave_up = Some(errno).filter(|e| matches!(*e, Errno::ETIMEDOUT | Errno::EINTR));
                     return Err(failed(REPORT, Some(errno), "the device's log is lost"));
                 }
             }
@@ -198,7 +214,8 @@ impl<D: Requests> Log<D> {
     fn stop(&mut self) -> Result<(), DirtyError> {
         self.page_size = 0;
         self.ranges = Ranges::default();
-        self.device.logging_stop().map_err(|e| failed(STOP, Some(e), "the device goes on logging"))
+        let within = if self.gave_up.take().is_some() { AFTER_GIVING_UP } else { ANSWER };
+        self.device.logging_stop(within).map_err(|e| failed(STOP, Some(e), "the device goes on logging"))
     }
 }
 
@@ -217,7 +234,9 @@ mod tests {
         logged: RefCell<Vec<[u64; 2]>>,
         starts: Cell<u32>,
         dirty: RefCell<BTreeSet<u64>>,
-        fail_report: Cell<bool>,
+        fail_report: Cell<Option<Errno>>,
+        reports: Cell<u32>,
+        stopped_within: Cell<Option<Duration>>,
     }
 
     impl Device {
@@ -250,9 +269,10 @@ mod tests {
         }
 
         fn logging_report(&self, iova: u64, length: u64, page: u64, bits: &mut [u64]) -> Result<(), Errno> {
+            self.reports.set(self.reports.get() + 1);
             let inside = self.logged.borrow().iter().any(|[s, l]| iova >= *s && iova + length <= s + l);
-            if !inside || self.fail_report.take() {
-                return Err(Errno::EIO);
+            if let Some(errno) = self.fail_report.take().or_else(|| (!inside).then_some(Errno::EIO)) {
+                return Err(errno);
             }
             self.dirty.borrow_mut().retain(|number| {
                 let at = number * self.page;
@@ -267,18 +287,18 @@ mod tests {
             Ok(())
         }
 
-        fn logging_stop(&self) -> Result<(), Errno> {
+        fn logging_stop(&self, within: Duration) -> Result<(), Errno> {
+            self.stopped_within.set(Some(within));
             self.logged.borrow_mut().clear();
             Ok(())
         }
     }
 
     fn log(device: Device) -> Log<Device> {
-        let domain = DomainId("device:nic".into());
-        Log { device, domain, page_size: 0, ranges: Ranges::default() }
+        Log::new(device, DomainId("device:nic".into()))
     }
 
-    fn reported(log: &Log<Device>, start: u64, length: u64) -> Vec<(u64, u64)> {
+    fn reported(log: &mut Log<Device>, start: u64, length: u64) -> Vec<(u64, u64)> {
         let mut got = Vec::new();
         log.report(IovaRange::new(start, length), &mut |r| got.push((r.start.0, r.length))).unwrap();
         got
@@ -292,9 +312,9 @@ mod tests {
         log.device.write(0x1234);
         log.device.write(0x2000);
         log.device.write((1 << 30) + 0xf_ffff);
-        assert_eq!(reported(&log, 0, 1 << 20), [(0x1000, 0x2000)]);
-        assert_eq!(reported(&log, 0, u64::MAX), [((1 << 30) + 0xf_f000, 0x1000)]);
-        assert_eq!(reported(&log, 0, u64::MAX), []);
+        assert_eq!(reported(&mut log, 0, 1 << 20), [(0x1000, 0x2000)]);
+        assert_eq!(reported(&mut log, 0, u64::MAX), [((1 << 30) + 0xf_f000, 0x1000)]);
+        assert_eq!(reported(&mut log, 0, u64::MAX), []);
         log.stop().unwrap();
         assert!(log.report(IovaRange::new(0, 4096), &mut |_| ()).is_err());
     }
@@ -309,7 +329,7 @@ mod tests {
         for range in &ranges {
             log.device.write(range.end().unwrap() - 1);
         }
-        assert_eq!(reported(&log, 0, u64::MAX).len(), 9);
+        assert_eq!(reported(&mut log, 0, u64::MAX).len(), 9);
     }
 
     #[test]
@@ -332,17 +352,49 @@ mod tests {
         assert_eq!(log.page_size, 0x10_000);
         assert_eq!(log.device.starts.get(), 2, "started again in whole pages");
         log.device.write(0x15_800);
-        assert_eq!(reported(&log, 0x11_000, 0x1000), [(0x10_000, 0x10_000)]);
+        assert_eq!(reported(&mut log, 0x11_000, 0x1000), [(0x10_000, 0x10_000)]);
     }
 
     #[test]
     fn a_report_that_fails_makes_all_dirty_that_it_may_have_cleared() {
         let mut log = log(Device::new(0x10_000, 8));
         log.start(&[IovaRange::new(0, 1 << 20)]).unwrap();
-        log.device.fail_report.set(true);
+        log.device.fail_report.set(Some(Errno::EIO));
         let mut got = Vec::new();
         let error = log.report(IovaRange::new(0x11_000, 0x1000), &mut |r| got.push((r.start.0, r.length)));
         assert_eq!(error.unwrap_err().errno, Some(Errno::EIO));
         assert_eq!(got, [(0x10_000, 0x10_000)], "the whole page of the device");
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn a_device_that_does_not_answer_a_report_is_not_waited_for_again_and_all_is_dirty() {
+        for errno in [Errno::ETIMEDOUT, Errno::EINTR] {
+            let mut log = log(Device::new(4096, 8));
+            let ranges = [IovaRange::new(0, 1 << 20), IovaRange::new(1 << 30, 1 << 20)];
+            log.start(&ranges).unwrap();
+            log.device.fail_report.set(Some(errno));
+            let mut got = Vec::new();
+            for range in ranges {
+                let error = log.report(range, &mut |r| got.push(r)).unwrap_err();
+                assert_eq!(error.errno, Some(errno));
+            }
+            assert_eq!(got, ranges);
+            assert_eq!(log.device.reports.get(), 1, "asked once");
+            log.stop().unwrap();
+            assert_eq!(log.device.stopped_within.take(), Some(AFTER_GIVING_UP));
+            // What begins anew is asked anew.
+            log.start(&ranges).unwrap();
+            log.device.write(0x1000);
+            assert_eq!(reported(&mut log, 0, u64::MAX), [(0x1000, 0x1000)]);
+            log.stop().unwrap();
+            assert_eq!(log.device.stopped_within.take(), Some(ANSWER));
+        }
+        // An error that was answered at once says nothing of the next report.
+        let mut log = log(Device::new(4096, 8));
+        log.start(&[IovaRange::new(0, 1 << 20)]).unwrap();
+        log.device.fail_report.set(Some(Errno::EIO));
+        assert!(log.report(IovaRange::new(0, 4096), &mut |_| ()).is_err());
+        assert_eq!(reported(&mut log, 0, u64::MAX), []);
     }
 }

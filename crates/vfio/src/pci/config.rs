@@ -5,7 +5,9 @@ use super::layout::{self, BARS, COMMAND, HEADER_TYPE, Msi, Msix, capabilities, l
 use super::record::{Mode, Record};
 use super::registers::{self, COMMAND_BITS, DECODE, INTX_OFF, MASTER, Register};
 use crate::fd::{DeviceFd, DeviceFlags};
-use airlift_core::{DeviceError, DeviceErrorKind};
+use airlift_core::{DeviceError, DeviceErrorKind, Errno};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Most bytes of configuration space.
 const MAX_CONFIG: u64 = 4096;
@@ -25,10 +27,16 @@ const RESTORE: &str = "restore of the PCI configuration";
 ///
 /// vfio-pci keeps the MSI-X table of the hardware for itself: reads of it give ones, writes are dropped,
 /// and the table that the guest sees is the VMM's. Then there is no table in the record, and that is no error.
+/// A table that is there and cannot be read is one.
 #[derive(Clone, Debug)]
 pub struct PciConfig {
     device: Kernel,
+    /// A table was read here. Clones share.
+    seen: Seen,
 }
+
+/// Whether an MSI-X table was ever read: then one that is missing later is not hidden, but lost.
+type Seen = Arc<AtomicBool>;
 
 impl PciConfig {
     /// That of this device; `None` when it is not PCI.
@@ -39,16 +47,17 @@ impl PciConfig {
         if !fd.info()?.flags.contains(DeviceFlags::PCI) {
             return Ok(None);
         }
-        Ok(Some(Self { device: Kernel::new(fd)? }))
+        Ok(Some(Self { device: Kernel::new(fd)?, seen: Seen::default() }))
     }
 
     /// The configuration as a record, of at most 37 KiB. Nothing of the device changes. The device should be
     /// stopped, so that it does not change itself meanwhile.
     ///
     /// # Errors
-    /// When the device refuses an access, or its configuration space has no possible size.
+    /// When the device refuses an access, or its configuration space has no possible size; when the MSI-X table
+    /// cannot be read, or was seen before and is not now.
     pub fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        save(&self.device).map(|record| record.encode())
+        save(&self.device, &self.seen).map(|record| record.encode())
     }
 
     /// Whether the configuration can be saved, and is one that [`restore`](Self::restore) would take. Writes
@@ -57,7 +66,7 @@ impl PciConfig {
     /// # Errors
     /// As [`save`](Self::save) and [`restore`](Self::restore).
     pub fn check(&self) -> Result<(), DeviceError> {
-        check(&self.device)
+        check(&self.device, &self.seen)
     }
 
     /// Restores a record, while the device is RESUMING and has all of its data: before RESUMING -> STOP, where it
@@ -103,34 +112,49 @@ fn mode(config: &[u8]) -> Mode {
     if pin != 0 && on(COMMAND, INTX_OFF).is_none() { Mode::Intx } else { Mode::None }
 }
 
-fn save(device: &impl Access) -> Result<Record, DeviceError> {
+fn save(device: &impl Access, seen: &Seen) -> Result<Record, DeviceError> {
     let config = read_config(device, SAVE)?;
     // Without decoding of memory there is no table to read.
     let decodes = word(&config, COMMAND).is_some_and(|command| command & 2 != 0);
     let table = match Msix::find(&config).filter(|_| decodes) {
         None => Vec::new(),
-        Some(msix) => read_table(device, msix),
+        Some(msix) => {
+            let table = read_table(device, msix)?;
+            let seen = seen.fetch_or(!table.is_empty(), Ordering::AcqRel);
+            if seen && table.is_empty() {
+                return Err(wrong(SAVE, "the MSI-X table was there before, and now the driver gives none"));
+            }
+            table
+        }
     };
     Ok(Record { mode: mode(&config), config, table })
 }
 
-fn check(device: &impl Access) -> Result<(), DeviceError> {
-    let record = Record::decode(&save(device)?.encode())
+fn check(device: &impl Access, seen: &Seen) -> Result<(), DeviceError> {
+    let record = Record::decode(&save(device, seen)?.encode())
         .map_err(|reason| wrong(SAVE, format!("the record: {reason}")))?;
     fits(&record, &read_config(device, SAVE)?)?;
     check_vectors(device, record.mode)
 }
 
 /// The MSI-X table; empty where the driver keeps it for itself.
-fn read_table(device: &impl Access, msix: Msix) -> Vec<u8> {
+///
+/// # Errors
+/// When the driver neither gives it nor refuses it as one that keeps it: without it the guest's interrupts
+/// would be lost without a word.
+fn read_table(device: &impl Access, msix: Msix) -> Result<Vec<u8>, DeviceError> {
     let mut table = vec![0; msix.table_size()];
     match device.read_bar(msix.bar, msix.offset.into(), &mut table) {
         // No entry has reserved bits set, so this is what a driver gives that hides the table.
-        Ok(()) if table.iter().all(|byte| *byte == 0xff) => Vec::new(),
-        Ok(()) => table,
+        Ok(()) if table.iter().all(|byte| *byte == 0xff) => Ok(Vec::new()),
+        Ok(()) => Ok(table),
+        Err(error) if matches!(error.errno, Some(Errno::EINVAL | Errno::EACCES)) => {
+            tracing::debug!(%error, "the driver keeps the MSI-X table for itself");
+            Ok(Vec::new())
+        }
         Err(error) => {
-            tracing::debug!(%error, "the MSI-X table cannot be read");
-            Vec::new()
+            let message = format!("the MSI-X table cannot be read: {}", error.message);
+            Err(DeviceError { message, ..error })
         }
     }
 }

@@ -1,5 +1,4 @@
 use super::*;
-use airlift_core::Errno;
 use std::cell::RefCell;
 
 /// What a device was asked to do.
@@ -16,6 +15,8 @@ struct Fake {
     config: RefCell<Vec<u8>>,
     bar: RefCell<Vec<u8>>,
     hides_table: bool,
+    /// What a read of a BAR fails with.
+    no_bar: Option<Errno>,
     /// Bytes of the configuration space that take no write.
     fixed: Vec<u64>,
     vectors: u32,
@@ -30,6 +31,7 @@ impl Fake {
             config: RefCell::new(config),
             bar: RefCell::new(vec![0; 0x4000]),
             hides_table: false,
+            no_bar: None,
             fixed: Vec::new(),
             vectors: 4,
             did: RefCell::default(),
@@ -63,6 +65,9 @@ impl Access for Fake {
     fn read_bar(&self, _: u8, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         if self.config.borrow()[4] & 2 == 0 {
             return Err(DeviceError::refused("read of a BAR", Errno::EIO));
+        }
+        if let Some(errno) = self.no_bar {
+            return Err(DeviceError::refused("read of a BAR", errno));
         }
         let at = usize::try_from(offset).unwrap();
         buf.copy_from_slice(&self.bar.borrow()[at..at + buf.len()]);
@@ -115,10 +120,14 @@ fn used() -> Fake {
     device
 }
 
+fn saved(device: &Fake) -> Result<Record, DeviceError> {
+    save(device, &Seen::default())
+}
+
 #[test]
 fn what_the_guest_has_set_arrives_in_another_device() {
     let (from, to) = (used(), Fake::new(layout::tests::example()));
-    let record = save(&from).unwrap();
+    let record = saved(&from).unwrap();
     assert_eq!(record.mode, Mode::Msix(4));
     restore(&to, &record.encode()).unwrap();
     assert_eq!(*to.config.borrow(), *from.config.borrow());
@@ -131,7 +140,7 @@ fn bus_mastering_comes_last_and_decoding_after_the_bars() {
     let to = Fake::new(layout::tests::example());
     // As a driver may leave it after a reset.
     to.config.borrow_mut()[0x04] = 0x07;
-    restore(&to, &save(&used()).unwrap().encode()).unwrap();
+    restore(&to, &saved(&used()).unwrap().encode()).unwrap();
     let did = to.did.borrow();
     let command = |want: &dyn Fn(u8) -> bool| {
         did.iter().position(|d| matches!(d, Did::Config(4, data) if want(data[0]))).unwrap()
@@ -150,11 +159,42 @@ fn bus_mastering_comes_last_and_decoding_after_the_bars() {
 fn a_table_that_the_driver_keeps_is_left_to_it() {
     let (from, to) = (used(), Fake { hides_table: true, ..Fake::new(layout::tests::example()) });
     let from = Fake { hides_table: true, ..from };
-    let record = save(&from).unwrap();
+    let record = saved(&from).unwrap();
     assert!(record.table.is_empty());
     restore(&to, &record.encode()).unwrap();
     assert!(!to.did.borrow().iter().any(|d| matches!(d, Did::Bar(_))));
     assert_eq!(to.byte(0x63), 0x80);
+}
+
+// K-CONFIG
+#[test]
+fn a_table_that_cannot_be_read_is_not_left_out() {
+    for errno in [Errno::EINVAL, Errno::EACCES] {
+        let device = Fake { no_bar: Some(errno), ..used() };
+        assert!(saved(&device).unwrap().table.is_empty(), "a driver that keeps it may refuse it");
+    }
+    for errno in [Errno::EIO, Errno::ETIMEDOUT, Errno::ENODEV] {
+        let device = Fake { no_bar: Some(errno), ..used() };
+        let error = saved(&device).unwrap_err();
+        assert_eq!(error.errno, Some(errno));
+        assert!(error.message.contains("MSI-X table"), "{error}");
+        assert!(check(&device, &Seen::default()).is_err(), "before a migration begins");
+    }
+}
+
+// K-CONFIG
+#[test]
+fn a_table_that_was_seen_and_is_gone_is_not_taken_as_hidden() {
+    let mut device = used();
+    let seen = Seen::default();
+    check(&device, &seen).unwrap();
+    device.hides_table = true;
+    assert!(save(&device, &seen).unwrap_err().message.contains("was there before"));
+    device.hides_table = false;
+    device.no_bar = Some(Errno::EINVAL);
+    assert!(save(&device, &seen).is_err());
+    device.no_bar = None;
+    assert_eq!(save(&device, &seen).unwrap().table.len(), 64);
 }
 
 #[test]
@@ -166,7 +206,7 @@ fn msi_is_switched_on_before_its_control_register_is_written() {
         config[0x54..0x5e].copy_from_slice(&[0, 0x10, 0xe0, 0xfe, 1, 0, 0, 0, 0x41, 0]);
     }
     let to = Fake::new(layout::tests::example());
-    let record = save(&from).unwrap();
+    let record = saved(&from).unwrap();
     assert_eq!(record.mode, Mode::Msi(4));
     restore(&to, &record.encode()).unwrap();
     assert_eq!(*to.config.borrow(), *from.config.borrow());
@@ -180,13 +220,13 @@ fn msi_is_switched_on_before_its_control_register_is_written() {
 fn interrupts_of_an_earlier_guest_are_switched_off() {
     let from = Fake::new(layout::tests::example());
     let to = used();
-    restore(&to, &save(&from).unwrap().encode()).unwrap();
+    restore(&to, &saved(&from).unwrap().encode()).unwrap();
     assert_eq!((to.byte(0x63), to.byte(0x04)), (0, 0));
 }
 
 #[test]
 fn a_register_that_does_not_stick_is_named() {
-    let record = save(&used()).unwrap().encode();
+    let record = saved(&used()).unwrap().encode();
     for (fixed, name) in [(0x13, "BAR 0"), (0x04, "command")] {
         let to = Fake { fixed: vec![fixed], ..Fake::new(layout::tests::example()) };
         to.config.borrow_mut()[0x04] = 2;
@@ -200,7 +240,7 @@ fn a_register_that_does_not_stick_is_named() {
 
 #[test]
 fn another_layout_is_refused_before_anything_is_written() {
-    let record = save(&used()).unwrap().encode();
+    let record = saved(&used()).unwrap().encode();
     let changes: [(usize, u8, &str); 6] = [
         (0x00, 0x87, "vendor"),
         (0x2c, 1, "subsystem"),
@@ -223,7 +263,7 @@ fn another_layout_is_refused_before_anything_is_written() {
 
 #[test]
 fn a_record_that_contradicts_itself_is_refused() {
-    let good = save(&used()).unwrap();
+    let good = saved(&used()).unwrap();
     let to = Fake::new(layout::tests::example());
     for record in [
         Record { mode: Mode::Msix(3), ..good.clone() },
@@ -246,10 +286,10 @@ fn the_upper_half_of_a_wide_bar_has_no_type() {
 #[test]
 fn a_configuration_is_checked_without_a_write() {
     let device = used();
-    check(&device).unwrap();
+    check(&device, &Seen::default()).unwrap();
     assert!(device.did.borrow().is_empty(), "{:?}", device.did.borrow());
     // A bridge: nothing that a restore would take.
     let mut bridge = vec![0; 256];
     bridge[0x0e] = 1;
-    assert!(check(&Fake::new(bridge)).unwrap_err().to_string().contains("header types"));
+    assert!(check(&Fake::new(bridge), &Seen::default()).unwrap_err().to_string().contains("header types"));
 }

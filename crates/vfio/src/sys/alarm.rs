@@ -31,7 +31,15 @@ pub(crate) enum CallError {
 
 /// Ends calls that block. Clones share: whoever has one can end the calls made under any of them.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Alarm(Arc<Mutex<Vec<Active>>>);
+pub(crate) struct Alarm(Arc<Mutex<Calls>>);
+
+/// What an alarm knows.
+#[derive(Debug, Default)]
+struct Calls {
+    /// How often it was rung: that ends what is made of several calls also when it comes between two.
+    rings: u64,
+    active: Vec<Active>,
+}
 
 /// A call that is under way.
 #[derive(Debug)]
@@ -156,9 +164,9 @@ struct Registered<'a> {
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        let mut active = self.alarm.lock();
-        if let Some(at) = active.iter().position(|a| a.number == self.number) {
-            let ended = active.swap_remove(at);
+        let mut calls = self.alarm.lock();
+        if let Some(at) = calls.active.iter().position(|a| a.number == self.number) {
+            let ended = calls.active.swap_remove(at);
             // Under the lock, so that nobody starts it again. It cannot fail with these values.
             let _ = set_timer(ended.timer, Duration::ZERO);
         }
@@ -166,8 +174,13 @@ impl Drop for Registered<'_> {
 }
 
 impl Alarm {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Active>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Calls> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often it was rung until now, for [`call_since`](Self::call_since).
+    pub(crate) fn rings(&self) -> u64 {
+        self.lock().rings
     }
 
     /// Makes `call` until it gives something else than EINTR by a signal of somebody else's, at most
@@ -178,15 +191,35 @@ impl Alarm {
     pub(crate) fn call<T>(
         &self,
         timeout: Duration,
+        call: impl FnMut() -> Result<T, Errno>,
+    ) -> Result<T, CallError> {
+        self.make(None, timeout, call)
+    }
+
+    /// The same as a part of something that began when it had been rung `rings` times: a ring since then
+    /// ends this call too, whether it comes before or while the call is made.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub(crate) fn call_since<T>(
+        &self,
+        rings: u64,
+        timeout: Duration,
+        call: impl FnMut() -> Result<T, Errno>,
+    ) -> Result<T, CallError> {
+        self.make(Some(rings), timeout, call)
+    }
+
+    fn make<T>(
+        &self,
+        rings: Option<u64>,
+        timeout: Duration,
         mut call: impl FnMut() -> Result<T, Errno>,
     ) -> Result<T, CallError> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
         let timeout = timeout.max(Duration::from_millis(1));
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let interrupted = Arc::new(AtomicBool::new(false));
         let until = Instant::now() + timeout;
-        let timer = own_timer().map_err(CallError::Errno)?;
-        let _registered = self.register(number, timer, timeout, &interrupted).map_err(CallError::Errno)?;
+        let _registered = self.register(rings, timeout, &interrupted)?;
         loop {
             match call() {
                 Err(Errno::EINTR) if interrupted.load(Ordering::Acquire) => {
@@ -200,25 +233,32 @@ impl Alarm {
         }
     }
 
-    /// Puts a call on the list and starts its timer, under one lock: a ring in between would set the timer
-    /// to go off at once, and be forgotten when the timer is set to the timeout.
+    /// Compares the rings, puts a call on the list and starts its timer, all under one lock: a ring in
+    /// between would find no call to end, or be forgotten when the timer is set to the timeout.
     fn register(
         &self,
-        number: u64,
-        timer: libc::timer_t,
+        rings: Option<u64>,
         timeout: Duration,
         interrupted: &Arc<AtomicBool>,
-    ) -> Result<Registered<'_>, Errno> {
-        let mut active = self.lock();
-        set_timer(timer, timeout)?;
-        active.push(Active { number, timer, interrupted: Arc::clone(interrupted) });
+    ) -> Result<Registered<'_>, CallError> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let timer = own_timer().map_err(CallError::Errno)?;
+        let mut calls = self.lock();
+        if rings.is_some_and(|rings| rings != calls.rings) {
+            return Err(CallError::Interrupted);
+        }
+        set_timer(timer, timeout).map_err(CallError::Errno)?;
+        calls.active.push(Active { number, timer, interrupted: Arc::clone(interrupted) });
         Ok(Registered { alarm: self, number })
     }
 
-    /// Ends every call that is under way now. Never blocks for longer than a lock that is held for a
-    /// few instructions.
+    /// Ends every call that is under way now, and those to come of what began before now. Never blocks
+    /// for longer than a lock that is held for a few instructions.
     pub(crate) fn ring(&self) {
-        for active in self.lock().iter() {
+        let mut calls = self.lock();
+        calls.rings = calls.rings.wrapping_add(1);
+        for active in &calls.active {
             active.interrupted.store(true, Ordering::Release);
             // The timer is on the list, so its thread is in a call and has not ended.
             let _ = set_timer(active.timer, Duration::from_nanos(1));
@@ -248,14 +288,14 @@ mod tests {
         let alarm = Alarm::default();
         let other = alarm.clone();
         let ender = std::thread::spawn(move || {
-            while other.lock().is_empty() {
+            while other.lock().active.is_empty() {
                 std::thread::yield_now();
             }
             other.ring();
         });
         assert_eq!(blocked_read(&alarm, Duration::from_secs(60)), Err(CallError::Interrupted));
         ender.join().unwrap();
-        assert!(alarm.lock().is_empty());
+        assert!(alarm.lock().active.is_empty());
     }
 
     #[test]
@@ -265,8 +305,8 @@ mod tests {
         let ringer = std::thread::spawn(move || {
             while !stopped.load(Ordering::Acquire) {
                 // Only the first ring of a call counts here: a second one would hide that it was lost.
-                let active = other.lock();
-                if let Some(call) = active.first().filter(|a| !a.interrupted.load(Ordering::Acquire)) {
+                let calls = other.lock();
+                if let Some(call) = calls.active.first().filter(|a| !a.interrupted.load(Ordering::Acquire)) {
                     call.interrupted.store(true, Ordering::Release);
                     let _ = set_timer(call.timer, Duration::from_nanos(1));
                 }
@@ -289,6 +329,42 @@ mod tests {
             if times < 4 { Err(Errno::EINTR) } else { Ok(times) }
         });
         assert_eq!(result, Ok(4));
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn a_ring_between_two_calls_ends_the_next_one_and_nothing_that_begins_later() {
+        let alarm = Alarm::default();
+        let rings = alarm.rings();
+        assert_eq!(alarm.call_since(rings, Duration::from_secs(60), || Ok(1)), Ok(1));
+        alarm.ring();
+        let mut made = false;
+        let next = alarm.call_since(rings, Duration::from_secs(60), || {
+            made = true;
+            Ok(2)
+        });
+        assert_eq!((next, made), (Err(CallError::Interrupted), false));
+        assert!(alarm.lock().active.is_empty());
+        assert_eq!(alarm.call_since(alarm.rings(), Duration::from_secs(60), || Ok(3)), Ok(3));
+        assert_eq!(alarm.call(Duration::from_secs(60), || Ok(4)), Ok(4));
+    }
+
+    // K-GIVE-UP
+    #[test]
+    fn a_ring_is_never_lost_between_what_it_was_compared_with_and_the_call() {
+        let alarm = Alarm::default();
+        for _ in 0..500 {
+            let rings = alarm.rings();
+            let other = alarm.clone();
+            // One ring only, at any moment from before the call to in the middle of it.
+            let ringer = std::thread::spawn(move || other.ring());
+            let (reader, _writer) = rustix::pipe::pipe().unwrap();
+            let ended = alarm.call_since(rings, Duration::from_secs(60), || {
+                rustix::io::read(reader.as_fd(), &mut [0; 8]).map_err(super::super::ioctl::errno)
+            });
+            assert_eq!(ended, Err(CallError::Interrupted));
+            ringer.join().unwrap();
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::device::pair;
 use super::ioctl::{call, call_buffer, size_of};
+use super::pages::PageBitmap;
 use airlift_core::Errno;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use vfio_bindings::bindings::vfio::{
@@ -125,10 +126,16 @@ pub(crate) fn logging_report(
     if !holds(bitmap, length, page_size) {
         return Err(Errno::EINVAL);
     }
+    let mut own = PageBitmap::new(length, page_size)?;
     let flags = VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT | VFIO_DEVICE_FEATURE_GET;
-    let data = [iova, length, page_size, bitmap.as_mut_ptr().expose_provenance() as u64];
-    // SAFETY: the pointer leads to a bit for each page of the range, which the kernel writes during the call.
-    unsafe { feature(fd, flags, data) }.map(|_| ())
+    let data = [iova, length, page_size, own.address()];
+    // SAFETY: the pointer leads to a bit for each page of the range, which the kernel writes during the call,
+    // and the bitmap has its pages of memory, in which alone the kernel writes, for itself.
+    unsafe { feature(fd, flags, data) }?;
+    for (word, got) in bitmap.iter_mut().zip(own.words()) {
+        *word |= got;
+    }
+    Ok(())
 }
 
 /// Whether `bitmap` has a bit for each page of `length` bytes, however the range is aligned.

@@ -1,6 +1,7 @@
 //! Requests on an iommufd.
 
 use super::ioctl::{call, size_of};
+use super::pages::PageBitmap;
 use airlift_core::Errno;
 use iommufd_bindings::{
     iommu_destroy, iommu_hw_info, iommu_hwpt_alloc, iommu_hwpt_get_dirty_bitmap,
@@ -128,9 +129,6 @@ pub(crate) fn hwpt_dirty_tracking(fd: BorrowedFd<'_>, hwpt: u32, on: bool) -> Re
 
 /// IOMMU_HWPT_GET_DIRTY_BITMAP, which clears what it reports: a bitmap with a bit for each page of
 /// `length` bytes from `iova`.
-///
-/// Where an entry of the page table reaches beyond the range, kernels set bits up to the end of the last
-/// page of memory of the bitmap. So the bitmap has its pages for itself.
 pub(crate) fn hwpt_dirty_bitmap(
     fd: BorrowedFd<'_>,
     hwpt: u32,
@@ -138,28 +136,18 @@ pub(crate) fn hwpt_dirty_bitmap(
     length: u64,
     page_size: u64,
 ) -> Result<Vec<u64>, Errno> {
-    if !page_size.is_power_of_two() {
-        return Err(Errno::EINVAL);
-    }
-    let words = usize::try_from(length.div_ceil(page_size).div_ceil(64)).map_err(|_| Errno::ENOMEM)?;
-    let in_page = rustix::param::page_size() / std::mem::size_of::<u64>();
-    let whole = words.checked_next_multiple_of(in_page).ok_or(Errno::ENOMEM)?;
-    let mut buffer = vec![0_u64; whole.checked_add(in_page).ok_or(Errno::ENOMEM)?];
-    let skip = buffer.as_ptr().align_offset(rustix::param::page_size());
-    let Some(bitmap) = buffer.get_mut(skip..skip.saturating_add(whole)) else { return Err(Errno::ENOMEM) };
+    let mut bitmap = PageBitmap::new(length, page_size)?;
     let mut get = iommu_hwpt_get_dirty_bitmap {
         size: size_of::<iommu_hwpt_get_dirty_bitmap>(),
         hwpt_id: hwpt,
         iova,
         length,
         page_size,
-        data: bitmap.as_mut_ptr().expose_provenance() as u64,
+        data: bitmap.address(),
         ..Default::default()
     };
-    // SAFETY: a structure of this request with its own size; the bitmap has a bit for each page, begins on
-    // a page of memory and is whole pages long, and only in these pages does the kernel write.
+    // SAFETY: a structure of this request with its own size; the bitmap has a bit for each page, and its
+    // pages of memory, in which alone the kernel writes, for itself.
     unsafe { call(fd, HWPT_GET_DIRTY_BITMAP, &mut get) }?;
-    buffer.drain(..skip);
-    buffer.truncate(words);
-    Ok(buffer)
+    Ok(bitmap.words().to_vec())
 }

@@ -14,6 +14,7 @@ mod dma;
 mod feature;
 mod ioctl;
 mod iommufd;
+mod pages;
 
 pub(crate) use alarm::{Alarm, CallError};
 pub(crate) use container::{

@@ -27,6 +27,9 @@ struct Script {
     sets: Vec<DeviceState>,
     ends: Vec<UnixStream>,
     silent: bool,
+    alarm: crate::sys::Alarm,
+    /// The interrupter is used after the SET of this state, before the next one.
+    ring_at: Option<DeviceState>,
 }
 
 #[derive(Clone, Default)]
@@ -40,8 +43,15 @@ impl Driver for Fake {
         Ok(self.0.borrow().state.unwrap_or(Running))
     }
 
-    fn set_state(&self, state: DeviceState, _: Duration) -> Result<Option<OwnedFd>, DeviceError> {
+    fn set_state(&self, state: DeviceState, rings: u64, _: Duration) -> Result<Option<OwnedFd>, DeviceError> {
         let mut script = self.0.borrow_mut();
+        let alarm = script.alarm.clone();
+        alarm
+            .call_since(rings, Duration::from_secs(60), || Ok(()))
+            .map_err(|e| crate::error::ended(SET_STATE, e))?;
+        if script.ring_at == Some(state) {
+            alarm.ring();
+        }
         script.sets.push(state);
         let fault = script.faults.iter().find(|(at, _)| *at == state).map(|(_, fault)| *fault);
         if let Some(Fault::Fails(left)) = fault {
@@ -73,8 +83,8 @@ impl Driver for Fake {
 fn device() -> (Fake, States<Fake>) {
     let fake = Fake::default();
     let options = VfioOptions::default();
-    let alarm = crate::sys::Alarm::default();
-    let manner = Manner { alarm, rings: Arc::default(), options, reinit: false };
+    let alarm = fake.0.borrow().alarm.clone();
+    let manner = Manner { alarm, options, reinit: false };
     let capabilities = Capabilities::v2(7).unwrap();
     let states = States::new(DeviceId::new("nic").unwrap(), fake.clone(), capabilities, manner);
     (fake, states)
@@ -101,6 +111,17 @@ fn v2_path_every_arc_is_asked_for_by_itself_and_its_session_comes_out() {
     let _session = save(states.set_state(StopCopy).unwrap());
     assert_eq!(fake.0.borrow().sets, [RunningP2p, Stop, StopCopy]);
     assert!(!is_closed(&fake, 0));
+}
+
+// K-GIVE-UP
+#[test]
+fn an_interruption_between_two_arcs_ends_the_walk_and_not_the_next_one() {
+    let (fake, mut states) = device();
+    fake.0.borrow_mut().ring_at = Some(RunningP2p);
+    let error = states.set_state(StopCopy).unwrap_err();
+    assert_eq!((error.error.kind, error.reached), (DeviceErrorKind::Interrupted, Ok(RunningP2p)));
+    assert_eq!(fake.0.borrow().sets, [RunningP2p]);
+    assert!(states.set_state(Stop).is_ok());
 }
 
 // V2-SESSION
