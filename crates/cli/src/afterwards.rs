@@ -1,6 +1,7 @@
 //! What `receive` does with devices of the kernel once they run here: runs a command that inherits
 //! them, gives them to another process, or holds them. The last close of a real device resets it, so
-//! somebody has to.
+//! somebody has to. Devices whose migration is in doubt are held too, on either side: what they hold
+//! may be the only copy.
 //!
 //! What the other process does with a descriptor is not checked. DMA mappings that were made for
 //! `--memory` belong to this process: who takes the devices over maps its memory anew.
@@ -11,12 +12,13 @@ use crate::json::{ErrorView, Output};
 use crate::open::KernelDevice;
 use crate::render;
 use crate::signals::{Canceller, Told};
+use crate::sockets;
 use airlift::vmm::{LineChannel, MAX_FDS, WireError};
-use airlift_core::Errno;
+use airlift_core::{Errno, Side};
 use airlift_vfio::Attachment;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
@@ -68,6 +70,8 @@ pub(crate) fn run(
         };
     }
     if let Some(to) = &wish.give {
+        // From here on SIGTERM is no wish to cancel: there is nothing to cancel any more.
+        canceller.holding();
         return match give(to, kernel) {
             Ok(()) => {
                 output.event("given", &Given { to: to.to_string(), devices: names(kernel) });
@@ -77,8 +81,54 @@ pub(crate) fn run(
             Err(error) => held(*error, kernel, canceller, output),
         };
     }
-    hold(kernel, canceller, output);
+    hold(kernel.iter(), None, canceller, output);
     (Exit::Done, None)
+}
+
+/// The devices that this process has opened itself, so that its end would be their last close.
+fn own(kernel: &[KernelDevice]) -> impl Iterator<Item = &KernelDevice> {
+    kernel.iter().filter(|d| d.own)
+}
+
+fn descriptor(device: &KernelDevice) -> RawFd {
+    device.opened.fd.as_fd().as_raw_fd()
+}
+
+/// Holds the devices of a migration that is in doubt, as far as they are ours: see [`doubt`].
+pub(crate) fn hold_in_doubt(kernel: &[KernelDevice], side: Side, canceller: &Canceller, output: &Output) {
+    if own(kernel).next().is_some() {
+        hold(own(kernel), Some(doubt(side)), canceller, output);
+    }
+}
+
+/// Why devices are held while it is in doubt where the guest runs, and what is to be done.
+const fn doubt(side: Side) -> &'static str {
+    match side {
+        Side::Source => {
+            "it may hold the only copy of what was to be moved. Ask the destination, with its report or airlift \
+             resolve there. If the guest runs there, end this process. If it does not and never will, take the \
+             descriptor over first (pidfd_getfd) and bring it back: airlift resolve --journal DIR --run-here \
+             --device ID=fd:N"
+        }
+        Side::Destination => {
+            "it may hold the only copy of what was moved. Ask the source, with its report or airlift resolve \
+             there. If the guest runs there, or is brought back there with --run-here, end this process"
+        }
+    }
+}
+
+/// What the report says of the devices that are held in doubt.
+pub(crate) fn doubt_notes(kernel: &[KernelDevice], side: Side) -> Vec<String> {
+    let pid = std::process::id();
+    let note = |d: &KernelDevice| {
+        let fd = descriptor(d);
+        format!(
+            "{}: process {pid} holds it as descriptor {fd} until SIGTERM or SIGINT: {}",
+            d.id,
+            doubt(side)
+        )
+    };
+    own(kernel).map(note).collect()
 }
 
 #[derive(Serialize)]
@@ -91,6 +141,11 @@ struct Given {
 struct Holding {
     pid: u32,
     devices: Vec<String>,
+    /// Which descriptor of this process each of them is.
+    descriptors: Vec<RawFd>,
+    /// Why, where nobody has asked for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -122,17 +177,22 @@ fn held(
     ));
     output.event("not-taken", &Failed { error: &error });
     output.say(render::error_text(&error));
-    hold(kernel, canceller, output);
+    hold(kernel.iter(), None, canceller, output);
     (Exit::DeviceLost, Some(Box::new(error)))
 }
 
 /// Holds the devices until a signal, or the supervisor, says to let them go.
-fn hold(kernel: &[KernelDevice], canceller: &Canceller, output: &Output) {
+fn hold<'a>(
+    kernel: impl Iterator<Item = &'a KernelDevice>,
+    reason: Option<&'static str>,
+    canceller: &Canceller,
+    output: &Output,
+) {
     let told = canceller.holding();
     let pid = std::process::id();
-    let devices = names(kernel);
+    let (devices, descriptors): (Vec<_>, Vec<_>) = kernel.map(|d| (d.id.to_string(), descriptor(d))).unzip();
     output.say(format!("Process {pid} holds {} until SIGTERM or SIGINT", devices.join(", ")));
-    output.event("holding", &Holding { pid, devices });
+    output.event("holding", &Holding { pid, devices, descriptors, reason });
     // The channel lives as long as the canceller.
     let by = told.recv().map_or("nobody", Told::words);
     output.say(format!("Let go by {by}: the devices are closed, which resets them"));
@@ -277,7 +337,7 @@ fn give(to: &VmmAddress, kernel: &[KernelDevice]) -> Result<(), Box<ErrorView>> 
         Box::new(ErrorView::new(format!("the devices could not be given to {to}: {what}")).errno(errno))
     };
     let stream =
-        UnixStream::connect(&to.0).map_err(|e| failed(e.to_string(), e.raw_os_error().map(Errno)))?;
+        sockets::connect(&to.0, Instant::now() + TAKEN).map_err(|e| failed(e.to_string(), Some(e)))?;
     let (offer, fds) = offer(kernel);
     if fds.len() > MAX_FDS {
         return Err(failed(format!("{} descriptors, at most {MAX_FDS} can be sent", fds.len()), None));

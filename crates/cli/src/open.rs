@@ -5,6 +5,7 @@
 //! may not have been): it is idle, and one that is not RUNNING is the rest of an earlier migration and
 //! is reset. A device that was handed in is in use, and is taken as it is.
 
+use crate::afterwards;
 use crate::args::{DeviceAddress, NamedDevice};
 use crate::json::ErrorView;
 use crate::memory::FileMemory;
@@ -139,17 +140,14 @@ fn not_migratable(id: &DeviceId, error: &airlift_core::DeviceError) -> Box<Error
 /// What becomes of devices of the kernel that this process has opened and closes when it ends: the last
 /// close of a real device resets it. On a destination that has completed they are taken care of.
 pub(crate) fn closing(kernel: &[KernelDevice], side: Side, outcome: Outcome) -> Vec<String> {
-    let what = match (outcome, side) {
-        (Outcome::Completed, Side::Source) => "the device here is closed now, which resets it",
-        (Outcome::InDoubt, Side::Source) => {
-            "the device here is closed now, which resets it: what it held is on the destination or nowhere"
+    match (outcome, side) {
+        (Outcome::Completed, Side::Source) => {
+            let what = "the device here is closed now, which resets it";
+            kernel.iter().filter(|d| d.own).map(|d| format!("{}: {what}", d.id)).collect()
         }
-        (Outcome::InDoubt, Side::Destination) => {
-            "the device here is closed now, which resets it: what it was given is still on the source or nowhere"
-        }
-        _ => return Vec::new(),
-    };
-    kernel.iter().filter(|d| d.own).map(|d| format!("{}: {what}", d.id)).collect()
+        (Outcome::InDoubt, side) => afterwards::doubt_notes(kernel, side),
+        _ => Vec::new(),
+    }
 }
 
 impl Opened {

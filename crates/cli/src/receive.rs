@@ -67,6 +67,10 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
             report.error = error.map(|e| *e);
             exit
         }
+        Exit::InDoubt => {
+            afterwards::hold_in_doubt(&kernel, Side::Destination, &canceller, output);
+            Exit::InDoubt
+        }
         exit => exit,
     };
     report.exit_code = exit.code();

@@ -1,5 +1,6 @@
 //! `airlift send`.
 
+use crate::afterwards;
 use crate::args::{SendArgs, StallChoice};
 use crate::engine::{self, Prepared};
 use crate::exit::Exit;
@@ -8,7 +9,7 @@ use crate::open;
 use crate::render;
 use crate::watcher::Ticker;
 use airlift::link::{LinkOptions, UriConnector};
-use airlift::{Source, SourceOptions, StallPolicy, TestOptions};
+use airlift::{Outcome, Source, SourceOptions, StallPolicy, TestOptions};
 use airlift_core::Side;
 use std::sync::Arc;
 
@@ -18,7 +19,6 @@ pub(crate) fn run(args: &SendArgs) -> Exit {
     match migrate(args, &output) {
         Ok(report) => {
             output.event("result", &report.0);
-            output.say(render::report_text(&report.0));
             report.1
         }
         Err(error) => engine::refuse(&output, Side::Source, *error),
@@ -46,6 +46,11 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
     report.notes.extend(notes);
     report.notes.extend(open::closing(&kernel, Side::Source, ended.report.outcome));
     report.name_memory(&args.attach.memory);
+    // A person reads it before devices are held; in JSON it is the last line.
+    output.say(render::report_text(&report));
+    if ended.report.outcome == Outcome::InDoubt {
+        afterwards::hold_in_doubt(&kernel, Side::Source, &canceller, output);
+    }
     Ok((report, Exit::of_report(&ended.report)))
 }
 

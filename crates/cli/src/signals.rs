@@ -4,7 +4,7 @@
 //! The first signal cancels. Later ones change nothing: the way back is never cut short, because a
 //! device that is left on it is a device that does not run.
 //!
-//! When the migration is over and its devices are held (`--then`, `--give`, `--hold`), the same wishes
+//! When the migration is over and its devices are held (`--then`, `--give`, `--hold`, or in doubt), the same wishes
 //! go to whoever holds them.
 
 use crate::json::Output;
@@ -83,7 +83,7 @@ impl Canceller {
     }
 
     /// Passes a wish on. `false`: there still is, or will be, a migration to cancel.
-    fn tell(&self, told: Told) -> bool {
+    pub(crate) fn tell(&self, told: Told) -> bool {
         let over = self.over.load(Ordering::SeqCst);
         if over {
             // A full channel has told enough.

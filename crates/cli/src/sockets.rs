@@ -1,10 +1,13 @@
-//! UNIX sockets to serve on.
+//! UNIX sockets: to serve on, and connecting to one within a time.
 
 use crate::json::ErrorView;
 use airlift_core::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// A listening socket whose file is removed when it is dropped.
 #[derive(Debug)]
@@ -56,9 +59,59 @@ impl Listener {
     }
 }
 
+/// Connects to who listens at `path`, until `deadline`: a listener that takes nobody has a queue that
+/// fills, and then a connection waits.
+///
+/// # Errors
+/// The system's; ETIMEDOUT when the time was up.
+pub(crate) fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, Errno> {
+    let errno = |e: rustix::io::Errno| Errno(e.raw_os_error());
+    let address = SocketAddrUnix::new(path).map_err(errno)?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    let socket = socket.map_err(errno)?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Errno::ETIMEDOUT);
+        }
+        // The kernel bounds a connection by the time for sending.
+        set_socket_timeout(&socket, Timeout::Send, Some(left)).map_err(errno)?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => break,
+            // The loop's own bound ends it.
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(error) => return Err(errno(error)),
+        }
+    }
+    set_socket_timeout(&socket, Timeout::Send, None).map_err(errno)?;
+    Ok(UnixStream::from(socket))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_connection_that_nobody_takes_ends_when_its_time_is_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sock");
+        let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let soon = |ms| Instant::now() + Duration::from_millis(ms);
+        // As many as its queue has room for.
+        let mut waiting = vec![connect(&path, soon(10_000)).unwrap()];
+        let refused = loop {
+            match connect(&path, soon(20)) {
+                Ok(stream) if waiting.len() < 8 => waiting.push(stream),
+                other => break other.unwrap_err(),
+            }
+        };
+        assert_eq!(refused, Errno::ETIMEDOUT);
+        assert_eq!(connect(&dir.path().join("nobody"), soon(10_000)).unwrap_err(), Errno::ENOENT);
+    }
 
     #[test]
     fn a_dead_socket_is_replaced_and_a_live_one_is_not() {

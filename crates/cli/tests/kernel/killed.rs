@@ -2,6 +2,8 @@
 
 use crate::common::Process;
 use crate::support::{Ended, NIC, Pair, RUNNING, let_go, receive, side_by_side, start};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use std::os::fd::AsRawFd;
 
 /// What a dead process has left of either device is left: real devices would be reset.
 fn lasting_pair() -> Pair {
@@ -12,6 +14,10 @@ fn lasting_pair() -> Pair {
 
 /// Both sides, one of them held at the beginning of a phase.
 fn held(pair: &Pair, side: &str, phase: &str) -> (Process, Process) {
+    held_with(pair, side, phase, &[])
+}
+
+fn held_with(pair: &Pair, side: &str, phase: &str, sender: &[&str]) -> (Process, Process) {
     let (from, to) = (pair.from.named(NIC), pair.to.named(NIC));
     let hold = ["--supervised", "--hold-at", phase];
     let at = |wanted: &str| if side == wanted { &hold[..] } else { &[] };
@@ -19,8 +25,8 @@ fn held(pair: &Pair, side: &str, phase: &str) -> (Process, Process) {
         ["receive", "--no-guest", "--device", &to, "--hold", "--deadline", "commit=500ms", "tcp:127.0.0.1:0"];
     let receive = start(&[&receive, at("receive")].concat());
     let uri = receive.wait_for("listening")["uri"].as_str().unwrap().to_owned();
-    let send = ["send", "--no-guest", "--device", &from, "--deadline", "commit=500ms", &uri];
-    let send = start(&[&send, at("send")].concat());
+    let send = ["send", "--no-guest", "--device", &from, "--deadline", "commit=500ms"];
+    let send = start(&[&send, sender, at("send"), &[uri.as_str()]].concat());
     let held = if side == "send" { &send } else { &receive };
     held.wait_for("held");
     (send, receive)
@@ -99,18 +105,41 @@ fn after_a_killed_receiver_the_source_runs_and_both_devices_are_usable() {
     });
 }
 
+// K-LAST-CLOSE
 #[test]
 #[ignore = "needs the test VM: cargo xtask vm-test"]
-fn a_receiver_that_is_killed_after_commit_leaves_doubt_and_usable_devices() {
+fn in_doubt_after_a_killed_receiver_the_only_copy_is_held_and_can_be_brought_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = dir.path().to_str().unwrap();
     let pair = Pair::new(64 << 10);
     pair.from.fill(8);
-    let (send, receive) = held(&pair, "receive", "run");
+    let digest = pair.from.get("digest");
+    // As real devices do it: what it holds is gone when it is closed.
+    pair.from.set("reset_on_close", "1");
+    let (send, receive) = held_with(&pair, "receive", "run", &["--journal", journal]);
     receive.kill();
-    let sent = Ended::of(send);
-    let result = sent.must("in_doubt", 3);
+    let holding = send.wait_for("holding");
+    assert!(holding["reason"].as_str().unwrap().contains("only copy"), "{holding:#}");
+    assert_ne!(pair.from.number("state"), RUNNING);
+    assert_eq!(pair.from.get("digest"), digest);
+
+    // As its advice says.
+    let number = i32::try_from(holding["descriptors"][0].as_i64().unwrap()).unwrap();
+    let process = pidfd_open(send.pid(), PidfdFlags::empty()).unwrap();
+    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap();
+    let result = let_go(send).must("in_doubt", 3).clone();
     assert_eq!(
         (&result["source_running"], &result["destination_running"]),
         (&false.into(), &"unknown".into())
     );
+    assert!(result["notes"].to_string().contains("pidfd_getfd"), "{result:#}");
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).unwrap();
+    let device = format!("{NIC}=fd:{}", fd.as_raw_fd());
+    let resolved = Ended::of(start(&["resolve", "--journal", journal, "--run-here", "--device", &device]));
+    let resolved = resolved.must("completed", 0);
+    assert_eq!(resolved["source_running"], true, "{resolved:#}");
+    assert_eq!((pair.from.number("state"), pair.from.get("digest")), (RUNNING, digest));
+    drop(fd);
+    pair.from.set("reset_on_close", "0");
     pair.migrate();
 }
