@@ -8,6 +8,7 @@ mod peers;
 mod robust;
 mod serving;
 mod transitions;
+mod v1_client;
 mod v1_server;
 mod v1_server_faults;
 mod v1_server_wrong;
