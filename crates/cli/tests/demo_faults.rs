@@ -164,6 +164,8 @@ fn with_devices_of_interface_v1_the_guest_is_left_on_the_source_too() {
         let killed = mixed("--kill", &format!("destination-device@{phase}"));
         assert_went_back(&killed, "aborted", 1);
         assert!(killed.result["error"].to_string().contains("dev0"), "{}", killed.story());
+        let notes = killed.result["retry"]["notes"].to_string();
+        assert!(notes.contains("interface v1"), "of the second migration too: {}", killed.story());
     });
     each(&FROM_COMMIT, |phase| {
         assert_past_commit(&mixed("--kill", &format!("receiver@{phase}")));

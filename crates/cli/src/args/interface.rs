@@ -35,6 +35,9 @@ pub(crate) enum V1MappingChoice {
     Sparse,
 }
 
+/// The smallest data section, in bytes, with a page in each of the ten parts of a sparse mapping.
+const LEAST_SPARSE: u64 = 10 * 4096;
+
 impl V1MappingChoice {
     /// As the command line has it.
     pub(crate) const fn name(self) -> &'static str {
@@ -45,16 +48,15 @@ impl V1MappingChoice {
         }
     }
 
-    /// The same for a section of `size` bytes.
+    /// The same for a section of `size` bytes; sparse needs [`LEAST_SPARSE`].
     fn mapping(self, size: u64) -> V1Mapping {
         match self {
             Self::Trapped => V1Mapping::Trapped,
             Self::Mapped => V1Mapping::Mapped,
             Self::Sparse => {
-                // Eighths of it in whole pages: the seventh, the second, the fourth with the fifth.
-                let eighth = size / 8 / 4096 * 4096;
-                let parts = [(6 * eighth, eighth), (eighth, eighth), (3 * eighth, 2 * eighth)];
-                V1Mapping::Sparse(if eighth == 0 { Vec::new() } else { parts.to_vec() })
+                // Tenths of it in whole pages: three, one and two of them, with one between each two parts.
+                let tenth = size / 10 / 4096 * 4096;
+                V1Mapping::Sparse(vec![(6 * tenth, 3 * tenth), (tenth, tenth), (3 * tenth, 2 * tenth)])
             }
         }
     }
@@ -80,7 +82,7 @@ impl V1Args {
         match choice {
             InterfaceChoice::V2 => MigrationInterface::V2,
             InterfaceChoice::V1 => {
-                let size = self.section.map_or(1 << 20, |size| size.0);
+                let size = self.size();
                 let mapping = self.mapping.unwrap_or(V1MappingChoice::Mapped).mapping(size);
                 MigrationInterface::V1(V1Section { size, mapping, whole_transactions: self.whole })
             }
@@ -102,15 +104,24 @@ impl V1Args {
                 "{name} is for devices of interface v1: give --interface v1 too"
             )));
         }
-        if !self.whole {
-            return Ok(());
+        let size = self.size();
+        if self.mapping == Some(V1MappingChoice::Sparse) && size < LEAST_SPARSE {
+            return Err(super::conflict(format!(
+                "--device-v1-mapping sparse with a data section of {size} bytes: its three parts and the gaps \
+                 between them need {LEAST_SPARSE} bytes at least"
+            )));
         }
         let least = SoftDeviceOptions::default().largest_record();
-        match self.interface(InterfaceChoice::V1) {
-            MigrationInterface::V1(V1Section { size, .. }) if size < least => Err(super::conflict(format!(
-                "--device-v1-whole with a data section of {size} bytes: the device's largest transaction has {least}"
-            ))),
-            _ => Ok(()),
+        if self.whole && size < least {
+            return Err(super::conflict(format!(
+                "--device-v1-whole with a data section of {size} bytes: the device's largest transaction needs \
+                 {least} bytes at least"
+            )));
         }
+        Ok(())
+    }
+
+    fn size(&self) -> u64 {
+        self.section.map_or(1 << 20, |size| size.0)
     }
 }

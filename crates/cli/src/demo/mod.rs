@@ -93,11 +93,13 @@ fn perform(args: &DemoArgs, seed: u64, output: &Arc<Output>) -> Result<DemoResul
     guest_moves(&mut cast, &source)?;
 
     let run = |cast: &mut Cast, number, fault, ids: &[String]| {
-        Attempt { args, seed, output, interrupted: &interrupted, number, fault, source: &source }
-            .run(cast, ids)
+        let attempt =
+            Attempt { args, seed, output, interrupted: &interrupted, number, fault, source: &source };
+        let mut result = attempt.run(cast, ids)?;
+        result.notes.extend(summary::interface_note(args));
+        Ok(result)
     };
     let mut result = run(&mut cast, 1, Fault::of(args), &ids)?;
-    result.notes.extend(summary::interface_note(args));
     let again = args.retry
         && matches!(result.outcome, Outcome::Aborted | Outcome::Cancelled)
         && result.source_running == Running::Yes
