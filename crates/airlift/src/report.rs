@@ -20,6 +20,25 @@ pub enum Outcome {
     InDoubt,
 }
 
+impl Outcome {
+    /// What the commit protocol's outcome is to the user of this side.
+    pub(crate) const fn of(
+        protocol: &airlift_core::commit::Outcome,
+        incompatible: bool,
+        cancelled: bool,
+    ) -> Self {
+        use airlift_core::commit::Outcome as Protocol;
+        match protocol {
+            Protocol::Completed => Self::Completed,
+            Protocol::Cancelled => Self::Cancelled,
+            Protocol::Aborted { .. } if incompatible => Self::Incompatible,
+            Protocol::Aborted { .. } if cancelled => Self::Cancelled,
+            Protocol::Aborted { .. } => Self::Aborted,
+            Protocol::InDoubt { .. } => Self::InDoubt,
+        }
+    }
+}
+
 /// Whether a side runs: known, or not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Running {

@@ -10,7 +10,7 @@ use airlift::set::{ChunkSink, Quiesce, SetError, SetEvent, SinkClosed, StreamFau
 use airlift::{DeviceSet, Environment};
 use airlift_stream::FrameBuf;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -176,10 +176,12 @@ fn set(devices: &[&Fake]) -> DeviceSet {
     DeviceSet::new(devices, Side::Source, Environment::default()).unwrap()
 }
 
-/// Takes the first frames, and lets whoever brings another wait until it is closed.
+/// Takes the first frames of each device, and lets whoever brings another wait until it is closed.
 struct Stuffed {
-    /// Frames that are still taken.
-    room: AtomicUsize,
+    /// Frames that are taken of each device.
+    room: usize,
+    /// Frames that were taken, by device.
+    taken: Mutex<BTreeMap<u32, usize>>,
     /// Says that somebody waits.
     waits: Sender<()>,
     gate: Receiver<()>,
@@ -191,7 +193,7 @@ impl Stuffed {
     fn with_room(room: usize) -> (Arc<dyn ChunkSink>, Receiver<()>) {
         let (waits, waiting) = unbounded();
         let (shut, gate) = bounded(0);
-        (Arc::new(Self { room: room.into(), waits, gate, shut: Mutex::new(Some(shut)) }), waiting)
+        (Arc::new(Self { room, taken: Mutex::default(), waits, gate, shut: Mutex::new(Some(shut)) }), waiting)
     }
 }
 
@@ -199,11 +201,14 @@ impl ChunkSink for Stuffed {
     fn buffer(&self, _device: u32, _wait: Duration) -> Result<Option<FrameBuf>, SinkClosed> {
         Ok(Some(FrameBuf::new(4096)))
     }
-    fn send(&self, _device: u32, _frame: FrameBuf) -> Result<(), SinkClosed> {
-        let less = |room: usize| room.checked_sub(1);
-        if self.room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+    fn send(&self, device: u32, _frame: FrameBuf) -> Result<(), SinkClosed> {
+        let mut taken = self.taken.lock().unwrap();
+        let own = taken.entry(device).or_default();
+        if *own < self.room {
+            *own += 1;
             return Ok(());
         }
+        drop(taken);
         self.waits.send(()).unwrap();
         let _ = self.gate.recv();
         Err(SinkClosed)
@@ -239,7 +244,7 @@ fn a_destination_that_takes_nothing_costs_no_device_at_the_stop() {
     let (a, b) = (Fake::new("a"), Fake::new("b"));
     for devices in [&[&a][..], &[&a, &b]] {
         // The beginnings of the streams are taken, the devices' data is not.
-        let (sink, waiting) = Stuffed::with_room(devices.len());
+        let (sink, waiting) = Stuffed::with_room(1);
         let saving = set(devices).start_saving(&sink, LONG).unwrap();
         for _ in devices {
             waiting.recv_timeout(LONG).unwrap();

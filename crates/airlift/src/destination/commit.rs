@@ -111,7 +111,7 @@ fn start_vcpus(session: &mut Session) {
 fn reconnect(session: &mut Session) {
     session.orders.await_reconnection = false;
     session.await_source(GLANCE);
-    session.orders.await_reconnection |= session.link.is_none();
+    session.orders.await_reconnection |= !session.line.is_open();
 }
 
 /// COMMIT has come, and it is known how it ended: waits until the source says that it knows too
@@ -122,7 +122,7 @@ pub(super) fn linger(session: &mut Session) {
     let until = session.now().after(deadlines.commit);
     let mut alone = session.now();
     while !session.source_knows && session.now() < until {
-        if session.link.is_some() {
+        if session.line.is_open() {
             session.hear_the_end(until.since(session.now()));
             alone = session.now();
         } else if session.now().since(alone) < deadlines.linger {

@@ -138,7 +138,7 @@ fn agree(session: &mut Session, set: &mut DeviceSet, hello: &Hello) -> Result<Op
         }
     }
     let room_each = u32::try_from(room).unwrap_or(u32::MAX);
-    session.send(&Message::Report(Box::new(Report {
+    session.line.send(&Message::Report(Box::new(Report {
         version: VERSION,
         features: Vec::new(),
         limits: own.limits,

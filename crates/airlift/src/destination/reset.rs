@@ -76,13 +76,11 @@ impl Session {
         // In doubt there is nothing to tell.
         if self.figures.committed_at.is_some() && self.figures.outcome != Some(Outcome::InDoubt) {
             commit::linger(&mut self);
-        } else if let Some(link) = &self.link {
-            link.finish();
+        } else if self.line.finish() {
             self.hear_the_end(LAST_WORDS);
         }
-        if let Some(link) = self.link.take() {
-            link.finish();
-            link.shutdown();
+        if self.line.finish() {
+            self.line.close();
         }
         let running = self.machine.running();
         let set = match standing {

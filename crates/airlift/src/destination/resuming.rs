@@ -171,7 +171,7 @@ fn on_data(session: &mut Session, tally: &mut Tally, arrival: Arrival) {
             if tally.round_ends == tally.lanes_open {
                 tally.round_ends = 0;
                 session.control.gauges.round.store(round, Ordering::Relaxed);
-                session.send(&Message::RoundEnd { round });
+                session.line.send(&Message::RoundEnd { round });
             }
         }
         Arrival::Final => {
@@ -196,7 +196,7 @@ fn on_device(
         match event {
             SetEvent::Written { device } => *written.entry(device).or_default() += 1,
             SetEvent::InitialData { device, generation } => {
-                session.send(&Message::InitAck { device, generation });
+                session.line.send(&Message::InitAck { device, generation });
             }
             SetEvent::Config { device, data } => {
                 if let Some(slot) = slot(&mut tally.configs, device) {
@@ -220,7 +220,7 @@ fn on_device(
     for (device, frames) in written {
         // Behind the end of a stream nothing more needs room.
         if slot(&mut tally.ended, device).is_some_and(|ended| ended.is_none()) {
-            session.send(&Message::Credit { device, frames });
+            session.line.send(&Message::Credit { device, frames });
         }
     }
 }

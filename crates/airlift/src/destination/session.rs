@@ -10,9 +10,10 @@ use crate::options::DestinationOptions;
 use crate::report::Outcome;
 use crate::set::{Recorder, SetEvent};
 use crate::wire::Pool;
-use crate::wire::control::{Admission, Allowance, ControlLink, Ticket};
+use crate::wire::control::{ControlLink, Ticket};
 use crate::wire::frames::WireError;
 use crate::wire::inbound::Arrival;
+use crate::wire::line::{Heard, Line};
 use airlift_core::commit::{
     CommitMessage, DestinationAction, DestinationDeadlines, DestinationInput, DestinationMachine, Journal,
     Outcome as ProtocolOutcome, Record, RecordKind, SessionId,
@@ -40,10 +41,8 @@ pub(super) struct Lent {
 /// What other threads tell the session's thread.
 #[derive(Debug)]
 pub(super) enum Input {
-    /// From the control connection of this number.
-    Control(u32, Message, Ticket),
-    /// The control connection of this number has ended.
-    ControlLost(u32, WireError),
+    /// From a control connection.
+    Control(Heard),
     /// From a data connection.
     Data { lane: usize, arrival: Arrival },
     /// A cancel was accepted.
@@ -90,8 +89,7 @@ pub(super) struct Session {
     inbox: Receiver<Input>,
     /// What has come before the phase that it is for.
     early: VecDeque<(Wake, Option<Ticket>)>,
-    pub(super) link: Option<ControlLink>,
-    link_number: u32,
+    pub(super) line: Line,
     /// Where the source comes back to.
     door: Door,
     /// Why the control connection has just ended: the cause of what follows from that.
@@ -140,8 +138,7 @@ impl Session {
             buffers: Vec::new(),
             inbox,
             early: VecDeque::new(),
-            link: None,
-            link_number: 0,
+            line: Line::default(),
             door,
             lost_by: None,
             reclaimed: false,
@@ -310,75 +307,41 @@ impl Session {
             // What only a source says.
             CommitMessage::Commit => return,
         };
-        self.send(&message);
-    }
-
-    /// Sends a message; a connection that does not take it is lost, which its reader reports.
-    pub(super) fn send(&mut self, message: &Message) {
-        if let Some(Err(error)) = self.link.as_ref().map(|link| link.send(message)) {
-            tracing::warn!(error = %error, message = %message.kind(), "a message could not be sent");
-            if let Some(link) = &self.link {
-                link.shutdown();
-            }
-        }
+        self.line.send(&message);
     }
 
     fn finished(&mut self, outcome: &ProtocolOutcome) {
-        self.figures.outcome = Some(match outcome {
-            ProtocolOutcome::Completed => Outcome::Completed,
-            ProtocolOutcome::Cancelled => Outcome::Cancelled,
+        match outcome {
+            ProtocolOutcome::Completed | ProtocolOutcome::Cancelled => {}
             ProtocolOutcome::Aborted { cause } => {
                 let cause = self.explained(cause.clone());
                 self.figures.error.get_or_insert(*cause);
-                if self.figures.incompatible {
-                    Outcome::Incompatible
-                } else if self.control.gate.is_cancelled() {
-                    Outcome::Cancelled
-                } else {
-                    Outcome::Aborted
-                }
             }
             ProtocolOutcome::InDoubt { doubt } => {
                 let phase = self.phase();
                 let failure = Failure::new(Side::Destination, phase, doubt.to_string())
                     .advise("ask the source whether the guest runs there; do not start it here before");
                 self.figures.error.get_or_insert(failure);
-                Outcome::InDoubt
             }
-        });
+        }
+        let (incompatible, cancelled) = (self.figures.incompatible, self.control.gate.is_cancelled());
+        self.figures.outcome = Some(Outcome::of(outcome, incompatible, cancelled));
     }
 
     /// Uses this control connection from now on, and reads it.
     pub(super) fn adopt(&mut self, link: ControlLink) -> Result<(), Failure> {
-        self.link_number += 1;
-        let number = self.link_number;
         let mail = self.mail.clone();
-        let (allowance, bound) = (Allowance::default(), link.clone());
-        link.read_on(
-            &*self.recorder.environment.spawner,
-            Limits::default(),
-            Box::new(move |message| {
-                let input = match message.map(|message| (allowance.admit(&message), message)) {
-                    Ok((Admission::Granted(ticket), message)) => Input::Control(number, message, ticket),
-                    Ok((Admission::Refused(error), _)) => {
-                        bound.shutdown();
-                        Input::ControlLost(number, error)
-                    }
-                    Ok((Admission::Ended, _)) => return,
-                    Err(error) => Input::ControlLost(number, error),
-                };
-                // The session can be over already.
-                let _ = mail.send(input);
-            }),
-        )
-        .map_err(|e| Failure::new(Side::Destination, self.phase(), e.to_string()))?;
-        self.link = Some(link);
-        Ok(())
+        // The session can be over already.
+        let tell = move |heard| drop(mail.send(Input::Control(heard)));
+        let spawner = &*self.recorder.environment.spawner;
+        self.line
+            .adopt(link, spawner, Limits::default(), |_| false, tell)
+            .map_err(|e| Failure::new(Side::Destination, self.phase(), e.to_string()))
     }
 
     /// Takes an input; gives what is not the protocol's own.
     fn take(&mut self, input: Input) -> Option<(Wake, Option<Ticket>)> {
-        let (number, message, ticket) = match input {
+        let heard = match input {
             Input::Cancelled => {
                 let now = self.now();
                 let _ = self.protocol.cancel(now);
@@ -390,13 +353,17 @@ impl Session {
                 return None;
             }
             Input::Data { arrival, .. } => return Some((Wake::Data(arrival), None)),
-            Input::ControlLost(number, error) => {
-                if number == self.link_number {
+            Input::Control(heard) => heard,
+        };
+        let newest = self.line.is_newest(&heard);
+        let (message, ticket) = match heard.said {
+            Ok(said) => said,
+            Err(error) => {
+                if newest {
                     self.link_lost(&error);
                 }
                 return None;
             }
-            Input::Control(number, message, ticket) => (number, message, ticket),
         };
         // What belongs to the session as such counts whichever of its connections brought it.
         let (session, said) = match message {
@@ -408,7 +375,7 @@ impl Session {
                 self.source_knows = true;
                 return None;
             }
-            _ if number != self.link_number => return None,
+            _ if !newest => return None,
             other => return Some((Wake::Message(other), Some(ticket))),
         };
         self.feed(DestinationInput::Received(session, said));
@@ -420,9 +387,7 @@ impl Session {
         if self.protocol.outcome().is_none() {
             tracing::warn!(error = %error, phase = %phase, "the control connection is lost");
         }
-        if let Some(link) = self.link.take() {
-            link.shutdown();
-        }
+        self.line.close();
         let lost = Failure::new(Side::Destination, phase, format!("the control connection: {error}"))
             .with_errno(error.errno());
         self.lost_by = Some(match error {
@@ -560,7 +525,7 @@ impl Session {
     /// Waits until the source has said DONE or the control connection has ended, at most `patience`.
     pub(super) fn hear_the_end(&mut self, patience: Duration) {
         let until = self.now().after(patience);
-        while !self.source_knows && self.link.is_some() {
+        while !self.source_knows && self.line.is_open() {
             match self.inbox.recv_timeout(until.since(self.now())) {
                 // A source that has not heard asks again, and is told again.
                 Ok(input) => {

@@ -44,7 +44,7 @@ fn ended(session: &mut Session, set: DrainedSet) -> Result<Standing, Standing> {
 /// side is none of its business.
 fn say_done(session: &mut Session) {
     let done = Message::Done { session: session.protocol.session() };
-    session.send(&done);
+    session.line.send(&done);
 }
 
 fn finish(session: &mut Session, set: DrainedSet) -> Standing {
@@ -70,9 +70,7 @@ fn finish(session: &mut Session, set: DrainedSet) -> Standing {
 /// One attempt; the protocol's deadline ends them all.
 fn reconnect(session: &mut Session) {
     // Also when nobody has found it to be lost: the destination listens again once it has ended.
-    if let Some(link) = session.link.take() {
-        link.shutdown();
-    }
+    session.line.close();
     let patience = session.options.deadlines.connect.min(Duration::from_secs(1));
     let stream = session.connector.connect(patience).and_then(|stream| {
         stream.set_silence(session.options.deadlines.silence)?;
@@ -94,7 +92,7 @@ fn reconnect(session: &mut Session) {
             tracing::info!(error, "the destination cannot be reached again yet");
             session.orders.reconnect = false;
             session.pause_before_retry(RETRY);
-            session.orders.reconnect |= !session.fallen() && session.link.is_none();
+            session.orders.reconnect |= !session.fallen() && !session.line.is_open();
         }
     }
 }

@@ -140,7 +140,7 @@ fn agree(session: &mut Session, set: &mut DeviceSet, own: Own, report: &Report) 
             report.limits.frame_payload
         )));
     }
-    session.send(&Message::Accept(Accept::default()));
+    session.line.send(&Message::Accept(Accept::default()));
     let channels = usize::from(session.options.channels.clamp(1, 64)).min(report.tokens.len());
     let mut data = Vec::with_capacity(channels);
     for token in &report.tokens[..channels] {

@@ -67,7 +67,7 @@ pub(super) fn run(
     loop {
         if pinged.is_none_or(|at| session.now().since(at) >= PING_EVERY) {
             pinged = Some(session.now());
-            if let Some(link) = &session.link {
+            if let Some(link) = session.line.link() {
                 // A connection that cannot be written to fails at its next read or write.
                 let _ = link.ping();
             }
@@ -335,7 +335,7 @@ fn judge(
         bandwidth,
         final_dirty_sync: known.sync,
         fixed: FIXED,
-        round_trip: session.link.as_ref().and_then(ControlLink::round_trip).unwrap_or_default(),
+        round_trip: session.line.link().and_then(ControlLink::round_trip).unwrap_or_default(),
         round_trips: 2,
     });
     Round {

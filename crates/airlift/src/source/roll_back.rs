@@ -109,10 +109,9 @@ impl Session {
         // A failure before the first phase has its rollback order still open.
         let standing = if self.orders.roll_back.is_some() { run(&mut self, standing) } else { standing };
         let running = self.machine.running();
-        if let Some(link) = self.link.take() {
-            link.finish();
+        if self.line.finish() {
             self.hear_the_end(LAST_WORDS);
-            link.shutdown();
+            self.line.close();
         }
         if let Some(sink) = self.sink.get() {
             sink.close();

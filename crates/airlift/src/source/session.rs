@@ -12,15 +12,16 @@ use crate::memory::DirtyTracking;
 use crate::options::SourceOptions;
 use crate::report::Outcome;
 use crate::set::{Recorder, SetError, SetEvent, StreamFault};
-use crate::wire::control::{Admission, Allowance, ControlLink, Ticket};
+use crate::wire::control::ControlLink;
 use crate::wire::credit::CreditedSink;
 use crate::wire::frames::WireError;
+use crate::wire::line::{Heard, Line};
 use airlift_core::commit::{
     CommitMessage, Journal, Outcome as ProtocolOutcome, Record, SessionId, SourceAction, SourceDeadlines,
     SourceInput, SourceMachine,
 };
 use airlift_core::{DeviceId, DirtySource, Failure, Phase, Side, Timestamp};
-use airlift_stream::Message;
+use airlift_stream::{Limits, Message};
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -31,10 +32,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// What other threads tell the session's thread.
 #[derive(Debug)]
 pub(super) enum Input {
-    /// From the control connection of this number.
-    Control(u32, Message, Ticket),
-    /// The control connection of this number has ended.
-    ControlLost(u32, WireError),
+    /// From a control connection.
+    Control(Heard),
     /// A data connection has failed.
     DataLost { lane: usize, error: WireError },
     /// A cancel was accepted.
@@ -88,8 +87,7 @@ pub(super) struct Session {
     pub(super) dirty_sources: Vec<Option<Box<dyn DirtySource>>>,
     pub(super) mail: Sender<Input>,
     inbox: Receiver<Input>,
-    pub(super) link: Option<ControlLink>,
-    link_number: u32,
+    pub(super) line: Line,
     pub(super) sink: Arc<OnceLock<Arc<CreditedSink>>>,
     pub(super) orders: Orders,
     pub(super) undo: Undo,
@@ -156,8 +154,7 @@ impl Session {
             dirty_sources: Vec::new(),
             mail,
             inbox,
-            link: None,
-            link_number: 0,
+            line: Line::default(),
             sink: Arc::default(),
             orders: Orders::default(),
             undo: Undo::default(),
@@ -310,32 +307,14 @@ impl Session {
             // What only a destination says.
             CommitMessage::Loaded | CommitMessage::Running | CommitMessage::Abandoned { .. } => return,
         };
-        self.send(&message);
-    }
-
-    /// Sends a message; a connection that does not take it is lost, which its reader reports.
-    pub(super) fn send(&mut self, message: &Message) {
-        if let Some(Err(error)) = self.link.as_ref().map(|link| link.send(message)) {
-            tracing::warn!(error = %error, message = %message.kind(), "a message could not be sent");
-            if let Some(link) = &self.link {
-                link.shutdown();
-            }
-        }
+        self.line.send(&message);
     }
 
     fn finished(&mut self, outcome: &ProtocolOutcome) {
-        self.figures.outcome = Some(match outcome {
-            ProtocolOutcome::Completed => Outcome::Completed,
-            ProtocolOutcome::Cancelled => Outcome::Cancelled,
+        match outcome {
+            ProtocolOutcome::Completed | ProtocolOutcome::Cancelled => {}
             ProtocolOutcome::Aborted { cause } => {
                 self.figures.error.get_or_insert_with(|| (**cause).clone());
-                if self.figures.incompatible {
-                    Outcome::Incompatible
-                } else if self.control.gate.is_cancelled() {
-                    Outcome::Cancelled
-                } else {
-                    Outcome::Aborted
-                }
             }
             ProtocolOutcome::InDoubt { doubt } => {
                 let phase = self.phase();
@@ -345,9 +324,10 @@ impl Session {
                     failure = failure.because(lost);
                 }
                 self.figures.error.get_or_insert(failure);
-                Outcome::InDoubt
             }
-        });
+        }
+        let (incompatible, cancelled) = (self.figures.incompatible, self.control.gate.is_cancelled());
+        self.figures.outcome = Some(Outcome::of(outcome, incompatible, cancelled));
     }
 
     /// Uses a new control connection from now on, and reads it.
@@ -355,37 +335,16 @@ impl Session {
         let phase = self.phase();
         let fail = |message: String| Failure::new(Side::Source, phase, message);
         link.send(first).map_err(|e| fail(format!("cannot send {}: {e}", first.kind())))?;
-        self.link_number += 1;
         self.figures.link_error = None;
-        let number = self.link_number;
-        let mail = self.mail.clone();
-        let sink = Arc::clone(&self.sink);
-        let (allowance, bound) = (Allowance::default(), link.clone());
-        link.read_on(
-            &*self.recorder.environment.spawner,
-            airlift_stream::Limits::default(),
-            Box::new(move |message| {
-                if let (Ok(Message::Credit { device, frames }), Some(sink)) = (&message, sink.get())
-                    && sink.credit(*device, *frames)
-                {
-                    return;
-                }
-                let input = match message.map(|message| (allowance.admit(&message), message)) {
-                    Ok((Admission::Granted(ticket), message)) => Input::Control(number, message, ticket),
-                    Ok((Admission::Refused(error), _)) => {
-                        bound.shutdown();
-                        Input::ControlLost(number, error)
-                    }
-                    Ok((Admission::Ended, _)) => return,
-                    Err(error) => Input::ControlLost(number, error),
-                };
-                // The session can be over already.
-                let _ = mail.send(input);
-            }),
-        )
-        .map_err(|e| fail(e.to_string()))?;
-        self.link = Some(link);
-        Ok(())
+        let (mail, sink) = (self.mail.clone(), Arc::clone(&self.sink));
+        let credit = move |message: &Message| {
+            let Message::Credit { device, frames } = *message else { return false };
+            sink.get().is_some_and(|sink| sink.credit(device, frames))
+        };
+        // The session can be over already.
+        let tell = move |heard| drop(mail.send(Input::Control(heard)));
+        let spawner = &*self.recorder.environment.spawner;
+        self.line.adopt(link, spawner, Limits::default(), credit, tell).map_err(|e| fail(e.to_string()))
     }
 
     /// Takes everything that has come, without waiting. Messages that are not the protocol's own are
@@ -405,7 +364,7 @@ impl Session {
     fn take(&mut self, input: Input) -> Option<Message> {
         let now = self.now();
         let phase = self.phase();
-        let handled = match input {
+        let heard = match input {
             Input::Cancelled => {
                 if self.protocol.cancel(now) == airlift_core::commit::CancelAnswer::Accepted {
                     tracing::info!("the migration is cancelled");
@@ -422,20 +381,19 @@ impl Session {
                 }
                 return None;
             }
-            Input::ControlLost(number, _) if number != self.link_number => return None,
+            Input::Control(heard) => heard,
+        };
+        let newest = self.line.is_newest(&heard);
+        let (message, _ticket) = match heard.said {
             // What belongs to the session as such counts whichever of its connections brought it.
-            Input::Control(number, ref message, _)
-                if number != self.link_number && message.to_commit().is_none() =>
-            {
-                return None;
-            }
-            Input::ControlLost(_, error) => {
+            Ok((message, ticket)) if newest || message.to_commit().is_some() => (message, ticket),
+            Err(error) if newest => {
                 self.link_lost(&error);
                 return None;
             }
-            Input::Control(_, message, _ticket) => message,
+            _ => return None,
         };
-        let (session, said) = match handled {
+        let (session, said) = match message {
             Message::Loaded { session, terms } => {
                 self.figures.loaded = Some((terms, now));
                 (session, CommitMessage::Loaded)
@@ -495,9 +453,7 @@ impl Session {
         tracing::warn!(error = %error, "the control connection is lost");
         let lost = Failure::new(Side::Source, phase, format!("the control connection: {error}"))
             .with_errno(error.errno());
-        if let Some(link) = self.link.take() {
-            link.shutdown();
-        }
+        self.line.close();
         let now = self.now();
         if self.protocol.is_committed() {
             // What keeps the answer from coming: the cause of a doubt.
@@ -575,7 +531,7 @@ impl Session {
         let until = self.now().after(patience);
         loop {
             match self.inbox.recv_timeout(until.since(self.now())) {
-                Ok(Input::ControlLost(number, _)) if number == self.link_number => return,
+                Ok(Input::Control(heard)) if heard.said.is_err() && self.line.is_newest(&heard) => return,
                 Ok(_) => {}
                 Err(_) => return,
             }

@@ -258,7 +258,7 @@ fn finish_streams(session: &mut Session, set: DrainedSet, moving: &Moving) -> Re
     let trailers: Vec<_> =
         (0..).zip(set.totals()).map(|(device, totals)| Trailer::of(device, totals)).collect();
     for trailer in trailers {
-        session.send(&Message::Trailer(trailer));
+        session.line.send(&Message::Trailer(trailer));
     }
     if moving.sink.outbound().finish().is_err() {
         lost(session, "the data connections are closed");

@@ -7,6 +7,7 @@ pub(crate) mod control;
 pub(crate) mod credit;
 pub(crate) mod frames;
 pub(crate) mod inbound;
+pub(crate) mod line;
 pub(crate) mod outbound;
 mod pool;
 pub(crate) mod rehearsal;

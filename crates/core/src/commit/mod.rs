@@ -41,17 +41,19 @@
 mod deadlines;
 mod destination;
 mod message;
+mod orders;
 mod record;
 mod source;
 mod verdict;
 
 pub use deadlines::{DestinationDeadlines, SourceDeadlines};
-pub use destination::{DestinationAction, DestinationInput, DestinationMachine};
+pub use destination::DestinationMachine;
 pub use message::CommitMessage;
+pub use orders::{DestinationAction, DestinationInput, SourceAction, SourceInput};
 pub use record::{
     BootId, Durability, InvalidId, Journal, JournalError, Opened, Record, RecordKind, SessionId,
 };
-pub use source::{SourceAction, SourceInput, SourceMachine};
+pub use source::SourceMachine;
 pub use verdict::{DestinationVerdict, SourceVerdict, destination_verdict, source_verdict};
 
 use crate::{Failure, Phase};

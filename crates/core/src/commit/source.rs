@@ -6,60 +6,11 @@
 
 use super::{
     CancelAnswer, CommitMessage, Doubt, Opened, OutOfOrder, Outcome, Record, RecordKind, SessionId,
-    SourceDeadlines, SourceVerdict,
+    SourceAction, SourceDeadlines, SourceInput, SourceVerdict,
 };
 use crate::{Failure, Phase, Side, Timestamp};
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// What the source's engine reports.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum SourceInput {
-    /// Negotiation has succeeded: this is what the journal opens with. Answered by
-    /// `Append(Opened)`; Setup may be entered once that is durable.
-    Open(Box<Opened>),
-    /// The engine has entered this phase: Negotiate to AwaitLoaded, forward, Precopy may be skipped.
-    Advanced(Phase),
-    /// A message has arrived, under this session.
-    Received(SessionId, CommitMessage),
-    /// The record asked for is durable.
-    Appended(RecordKind),
-    /// The record asked for is not known to be durable.
-    AppendFailed(RecordKind),
-    /// Everything that can run on this side runs, states read back; what cannot is quarantined and
-    /// named by the engine.
-    RolledBack,
-    /// The devices are in STOP, or have been given up.
-    SourceStopped,
-    /// The connection is gone.
-    LinkLost,
-    /// There is a new connection to the same session.
-    Reconnected,
-    /// Something on this side has failed.
-    Failed(Box<Failure>),
-}
-
-/// What the source's engine has to do.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum SourceAction {
-    /// Make this record durable; answer `Appended` or `AppendFailed`.
-    Append(Record),
-    /// Send; without a connection, drop.
-    Send(CommitMessage),
-    /// Walk every device back to the state it had, in P2P order, resume the vCPUs, stop logging;
-    /// answer `RolledBack`.
-    RollBack {
-        /// Why.
-        cause: Box<Failure>,
-    },
-    /// Take every device from STOP_COPY to STOP; answer `SourceStopped`.
-    FinishSource,
-    /// Drop what is left of the connection and make a new one to the same session; answer
-    /// `Reconnected`, or nothing.
-    Reconnect,
-    /// The session has ended, so far as this side can tell.
-    Finished(Outcome),
-}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
