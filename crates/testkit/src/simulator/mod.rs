@@ -20,6 +20,7 @@
 //! States are told apart by a 128-bit fingerprint.
 
 mod fingerprint;
+mod host;
 mod journal;
 mod step;
 mod world;
@@ -29,9 +30,10 @@ pub use step::{Breakage, Message, Step, Violation};
 
 use airlift_core::commit::Durability;
 use fingerprint::{FingerprintMap, fingerprint};
+use host::Devices;
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
-use world::{Devices, World};
+use world::World;
 
 /// What to explore.
 #[derive(Clone, Copy, Debug)]

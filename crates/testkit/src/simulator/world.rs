@@ -1,6 +1,7 @@
 //! Both hosts, the network between them, and how each step changes them.
 
-use super::journal::{FIRST_BOOT, LATER_BOOT, Landing, SESSION, SimJournal, fixed_failure};
+use super::host::{Devices, Host, Operation};
+use super::journal::{FIRST_BOOT, LATER_BOOT, Landing, SESSION, fixed_failure};
 use super::step::{Breakage, Message, Step, Violation};
 use airlift_core::commit::{
     CommitMessage, DestinationAction, DestinationDeadlines, DestinationInput, DestinationMachine,
@@ -12,76 +13,6 @@ use std::time::Duration;
 
 /// The clock stands still and every deadline is now, so that any of them may pass at any time.
 const NOW: Timestamp = Timestamp(Duration::ZERO);
-
-/// What has become of the devices of one side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Devices {
-    /// They hold the guest's state and are stopped.
-    Stopped,
-    /// They hold the guest's state and run.
-    Running,
-    /// They were reset and hold nothing.
-    Blank,
-    /// They are gone.
-    Gone,
-}
-
-/// A long operation that the engine was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Operation {
-    RollBack,
-    FinishSource,
-    StartDevices,
-    StartVcpus,
-    Reset,
-}
-
-/// One host: what is there beside the machine.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Host {
-    pub(super) journal: SimJournal,
-    pub(super) devices: Devices,
-    pub(super) vcpus: bool,
-    /// The guest has run here since it was stopped for the migration.
-    pub(super) ran: bool,
-    rebooted: bool,
-    appending: Option<RecordKind>,
-    operation: Option<Operation>,
-    /// The next thing that the engine has to do.
-    source_action: Option<SourceAction>,
-    destination_action: Option<DestinationAction>,
-}
-
-impl Host {
-    fn new(durability: Durability) -> Self {
-        Self {
-            journal: SimJournal::new(durability),
-            devices: Devices::Stopped,
-            vcpus: false,
-            ran: false,
-            rebooted: false,
-            appending: None,
-            operation: None,
-            source_action: None,
-            destination_action: None,
-        }
-    }
-
-    fn is_live(&self) -> bool {
-        self.vcpus || self.devices == Devices::Running
-    }
-
-    fn is_idle(&self) -> bool {
-        self.source_action.is_none() && self.destination_action.is_none()
-    }
-
-    fn die(&mut self) {
-        self.vcpus = false;
-        self.operation = None;
-        self.source_action = None;
-        self.destination_action = None;
-    }
-}
 
 /// The joint state.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
