@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where it must")]
 
 use airlift::core::{
-    Capabilities, Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Fate,
+    Capabilities, Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Errno, Fate,
     Interrupter, LoadSession, MigrationDevice, PeerDma, Piece, PrecopyInfo, ResetPolicy, SaveSession,
     Session, Side, TransitionError,
 };
@@ -28,6 +28,9 @@ struct Fake {
     bytes: usize,
     pace: Option<Receiver<()>>,
     broken_read: bool,
+    /// The arc into this state fails and leaves it in ERROR.
+    breaks_at: Option<DeviceState>,
+    refuses_reset: bool,
 }
 
 struct Core {
@@ -50,6 +53,8 @@ impl Fake {
             bytes: 1000,
             pace: None,
             broken_read: false,
+            breaks_at: None,
+            refuses_reset: false,
         }
     }
 
@@ -86,6 +91,11 @@ impl MigrationDevice for Fake {
         }
         let mut core = self.core.lock().unwrap();
         let from = core.state;
+        if self.breaks_at == Some(target) {
+            core.state = DeviceState::Error;
+            let error = DeviceError::refused("SET MIG_DEVICE_STATE", Errno::EIO);
+            return Err(TransitionError { from, to: target, reached: Ok(core.state), error });
+        }
         core.state = target;
         core.arcs.push(target);
         let opens = !from.is_saving() && target.is_saving();
@@ -103,6 +113,9 @@ impl MigrationDevice for Fake {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        if self.refuses_reset {
+            return Err(DeviceError::refused("VFIO_DEVICE_RESET", Errno::EIO));
+        }
         self.core.lock().unwrap().state = DeviceState::Running;
         Ok(())
     }
@@ -366,6 +379,31 @@ fn a_stuck_device_is_given_up_by_name_and_makes_no_further_arc() {
     std::thread::sleep(Duration::from_millis(50));
     let arcs = stuck.core.lock().unwrap().arcs.clone();
     assert_eq!(arcs, [DeviceState::PreCopy, DeviceState::PreCopyP2p], "it went on after it was given up");
+}
+
+// I9
+#[test]
+fn a_device_that_can_neither_go_on_nor_be_reset_is_given_up_and_the_others_run() {
+    let good = Fake::new("good");
+    let mut broken = Fake::new("broken");
+    broken.breaks_at = Some(DeviceState::StopCopy);
+    broken.refuses_reset = true;
+    let (sink, _frames) = sink();
+    let saving = set(&[&good, &broken]).start_saving(&sink, LONG).unwrap();
+    let failed = saving.quiesce(Quiesce::default(), LONG).unwrap_err();
+    assert!(matches!(&failed.error, SetError::Device { device, .. } if device.as_str() == "broken"));
+    let mut back = failed.roll_back(ResetPolicy::Allowed, LONG);
+    assert_eq!((&back.fates[0].fate, good.state_now()), (&Fate::Running, DeviceState::Running));
+    let Fate::Quarantined { reason } = &back.fates[1].fate else { panic!("{:?}", back.fates) };
+    assert!(reason.contains("VFIO_DEVICE_RESET"), "{reason}");
+    // Perhaps halfway: what the guest saw of it is lost in any case.
+    assert!(back.fates[1].was_reset);
+    assert!(back.set.reports()[1].quarantined.is_some());
+
+    // And on the side that resets whatever it has loaded.
+    let refused = back.set.reset(LONG);
+    assert_eq!(refused.len(), 1, "{refused:?}");
+    assert_eq!((refused[0].0.as_str(), refused[0].1.errno), ("broken", Some(Errno::EIO)));
 }
 
 #[test]

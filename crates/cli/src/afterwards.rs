@@ -13,6 +13,7 @@ use crate::open::KernelDevice;
 use crate::render;
 use crate::signals::{Canceller, Told};
 use crate::sockets;
+use airlift::Outcome;
 use airlift::vmm::{LineChannel, MAX_FDS, WireError};
 use airlift_core::{Errno, Side};
 use airlift_vfio::Attachment;
@@ -117,8 +118,21 @@ const fn doubt(side: Side) -> &'static str {
     }
 }
 
+/// What becomes of devices of the kernel that this process has opened and closes when it ends: the last
+/// close of a real device resets it. On a destination that has completed they are taken care of.
+pub(crate) fn closing(kernel: &[KernelDevice], side: Side, outcome: Outcome) -> Vec<String> {
+    match (outcome, side) {
+        (Outcome::Completed, Side::Source) => {
+            let what = "the device here is closed now, which resets it";
+            own(kernel).map(|d| format!("{}: {what}", d.id)).collect()
+        }
+        (Outcome::InDoubt, side) => doubt_notes(kernel, side),
+        _ => Vec::new(),
+    }
+}
+
 /// What the report says of the devices that are held in doubt.
-pub(crate) fn doubt_notes(kernel: &[KernelDevice], side: Side) -> Vec<String> {
+fn doubt_notes(kernel: &[KernelDevice], side: Side) -> Vec<String> {
     let pid = std::process::id();
     let note = |d: &KernelDevice| {
         let fd = descriptor(d);

@@ -276,7 +276,7 @@ impl ReportView {
     pub(crate) fn name_memory(&mut self, named: &[crate::args::NamedMemory]) {
         let name = |text: &mut String| {
             for memory in named {
-                let number = format!("memory.region[{}]", crate::memory::region_number(&memory.name));
+                let number = format!("memory.region[{}]", memory.region_number());
                 *text = text.replace(&number, &format!("memory.region[{}]", memory.name));
             }
         };

@@ -5,13 +5,12 @@
 //! may not have been): it is idle, and one that is not RUNNING is the rest of an earlier migration and
 //! is reset. A device that was handed in is in use, and is taken as it is.
 
-use crate::afterwards;
 use crate::args::{DeviceAddress, NamedDevice};
 use crate::json::ErrorView;
 use crate::memory::FileMemory;
+use airlift::SourceDevice;
 use airlift::vmm::{DeviceHandle, DeviceKind, RemoteVmm};
-use airlift::{Outcome, SourceDevice};
-use airlift_core::{DeviceId, DeviceState, DirtySource, Errno, MigrationDevice, Side};
+use airlift_core::{DeviceId, DeviceState, DirtySource, Errno, MigrationDevice};
 use airlift_vfio::{
     Attachment, OpenDevice, OpenError, OpenOptions, PciConfig, Recover, VfioDevice, VfioOptions,
 };
@@ -135,19 +134,6 @@ fn not_migratable(id: &DeviceId, error: &airlift_core::DeviceError) -> Box<Error
             .errno(error.errno)
             .advise("see what the device can do: airlift probe DEVICE"),
     )
-}
-
-/// What becomes of devices of the kernel that this process has opened and closes when it ends: the last
-/// close of a real device resets it. On a destination that has completed they are taken care of.
-pub(crate) fn closing(kernel: &[KernelDevice], side: Side, outcome: Outcome) -> Vec<String> {
-    match (outcome, side) {
-        (Outcome::Completed, Side::Source) => {
-            let what = "the device here is closed now, which resets it";
-            kernel.iter().filter(|d| d.own).map(|d| format!("{}: {what}", d.id)).collect()
-        }
-        (Outcome::InDoubt, side) => afterwards::doubt_notes(kernel, side),
-        _ => Vec::new(),
-    }
 }
 
 impl Opened {

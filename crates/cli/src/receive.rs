@@ -6,7 +6,6 @@ use crate::engine::{self, Prepared};
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output, ReportView};
 use crate::lines::Listening;
-use crate::open;
 use crate::render;
 use crate::watcher::Ticker;
 use airlift::link::{LinkOptions, UriAcceptor};
@@ -57,7 +56,7 @@ fn migrate(args: &ReceiveArgs, output: &Arc<Output>) -> Result<(ReportView, Exit
     }
     let mut report = ReportView::new("destination", &ended.report);
     report.notes.extend(notes);
-    report.notes.extend(open::closing(&kernel, Side::Destination, ended.report.outcome));
+    report.notes.extend(afterwards::closing(&kernel, Side::Destination, ended.report.outcome));
     report.name_memory(&args.attach.memory);
     // A person reads it before somebody else takes over; in JSON it is the last line.
     output.say(render::report_text(&report));

@@ -5,7 +5,6 @@ use crate::args::{SendArgs, StallChoice};
 use crate::engine::{self, Prepared};
 use crate::exit::Exit;
 use crate::json::{ErrorView, Output, ReportView};
-use crate::open;
 use crate::render;
 use crate::watcher::Ticker;
 use airlift::link::{LinkOptions, UriConnector};
@@ -44,7 +43,7 @@ fn migrate(args: &SendArgs, output: &Arc<Output>) -> Result<(ReportView, Exit), 
     }
     let mut report = ReportView::new("source", &ended.report);
     report.notes.extend(notes);
-    report.notes.extend(open::closing(&kernel, Side::Source, ended.report.outcome));
+    report.notes.extend(afterwards::closing(&kernel, Side::Source, ended.report.outcome));
     report.name_memory(&args.attach.memory);
     // A person reads it before devices are held; in JSON it is the last line.
     output.say(render::report_text(&report));

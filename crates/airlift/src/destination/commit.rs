@@ -2,8 +2,8 @@
 //! after COMMIT, one durable record ahead of each step, devices start in P2P order, then the vCPUs.
 
 use super::load::Holding;
-use super::reset::Standing;
 use super::session::{Session, Wake};
+use super::standing::Standing;
 use crate::machine::{MachineError, PendingInterrupt};
 use crate::set::{DeviceSet, LoadedSet};
 use airlift_core::commit::DestinationInput;

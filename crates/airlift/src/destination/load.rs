@@ -1,9 +1,9 @@
 //! Load: records restored while the devices are still RESUMING, then RESUMING -> STOP, where each
 //! device validates what it was given (V2-VALIDATE). Then LOADED.
 
-use super::reset::Standing;
 use super::resuming::Received;
 use super::session::Session;
+use super::standing::Standing;
 use crate::interrupts;
 use crate::machine::{PendingInterrupt, RecordOwner};
 use crate::set::{LoadedSet, LoadingSet};

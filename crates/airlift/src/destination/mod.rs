@@ -9,6 +9,7 @@
 
 mod commit;
 mod door;
+mod figures;
 mod listen;
 mod load;
 mod negotiate;
@@ -16,6 +17,7 @@ mod report;
 mod reset;
 mod resuming;
 mod session;
+mod standing;
 
 use crate::clock::Environment;
 use crate::control::{CancelGate, Control, Gauges};
@@ -26,8 +28,8 @@ use crate::set::{DeviceSet, Recorder};
 use crate::source::Ended;
 use airlift_core::commit::Journal;
 use airlift_core::{MigrationDevice, Phase, Side};
-use reset::Standing;
 use session::{Lent, Session};
+use standing::Standing;
 use std::fmt;
 use std::sync::Arc;
 

@@ -3,8 +3,8 @@
 
 use super::door::Door;
 use super::listen::Heard;
-use super::reset::Standing;
 use super::session::{Session, Wake};
+use super::standing::Standing;
 use crate::event::Event;
 use crate::link::Stream;
 use crate::machine::MachineMemory;

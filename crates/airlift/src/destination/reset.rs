@@ -3,22 +3,12 @@
 
 use super::commit;
 use super::session::{Lent, Session};
+use super::standing::Standing;
 use crate::report::{MigrationReport, Outcome, Running};
-use crate::set::{DeviceSet, LoadedSet, LoadingSet};
 use crate::source::Ended;
 use airlift_core::commit::DestinationInput;
 use airlift_core::{DeviceErrorKind, Failure, MigrationDevice};
 use std::time::Duration;
-
-/// Where the devices stand.
-pub(super) enum Standing {
-    Nothing,
-    /// No state of them was changed.
-    Untouched(DeviceSet),
-    Idle(DeviceSet),
-    Loading(LoadingSet),
-    Loaded(LoadedSet),
-}
 
 /// How long the other side has to read our last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);

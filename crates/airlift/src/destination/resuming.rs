@@ -2,8 +2,8 @@
 //! every device's stream are there and agree. CREDIT goes back as bytes are written.
 
 use super::negotiate::Agreed;
-use super::reset::Standing;
 use super::session::{Input, Session, Wake};
+use super::standing::Standing;
 use crate::machine::{MachineMemory, MachineRecord, RecordOwner};
 use crate::set::{DeviceSet, LoadingSet, SetError, SetEvent};
 use crate::wire::Pool;

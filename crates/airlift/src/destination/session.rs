@@ -1,7 +1,7 @@
 //! What all phases of the destination share, and the one place where it waits.
 
 use super::door::Door;
-use super::report::Figures;
+use super::figures::Figures;
 use crate::control::Control;
 use crate::event::Event;
 use crate::link::Acceptor;

@@ -11,7 +11,6 @@ use super::held::{Idle, Saving};
 use super::recorder::Recorder;
 use super::sink::{ChunkSink, SinkClosed, StreamFault};
 use super::trace;
-use super::worker::Step;
 use crate::control::DeviceGauges;
 use airlift_core::{
     Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceState, Interface, MigrationDevice, Piece,
@@ -112,6 +111,16 @@ pub(super) struct SaveStream {
     looked: Timestamp,
     status: Arc<Mutex<SaveStatus>>,
     gauges: Arc<crate::control::Gauges>,
+}
+
+/// What a worker does next when nobody asks anything.
+pub(super) enum Step {
+    /// There is more to do at once.
+    Again,
+    /// Nothing for so long.
+    Wait(Duration),
+    /// Nothing until a call.
+    Parked,
 }
 
 /// A device with the stream it is saved into.

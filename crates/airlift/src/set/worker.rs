@@ -8,7 +8,7 @@
 use super::held::Idle;
 use super::load::{InFrame, Incoming};
 use super::recorder::Recorder;
-use super::save::{Outgoing, SaveStatus, SaveStream};
+use super::save::{Outgoing, SaveStatus, SaveStream, Step};
 use super::sink::{SetEvent, StreamFault};
 use super::trace;
 use crate::control::Gauges;
@@ -19,17 +19,7 @@ use airlift_core::{
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, never, unbounded};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-/// What a worker does next when nobody asks anything.
-pub(super) enum Step {
-    /// There is more to do at once.
-    Again,
-    /// Nothing for so long.
-    Wait(Duration),
-    /// Nothing until a call.
-    Parked,
-}
+use std::time::Instant;
 
 /// A device and what it is in the middle of.
 pub(super) enum Held {

@@ -10,6 +10,7 @@
 
 mod commit;
 mod connect;
+mod figures;
 mod negotiate;
 mod pace;
 mod precopy;

@@ -3,7 +3,7 @@
 //! The protocol's machine ([`SourceMachine`]) decides what a message, a deadline or a failure means;
 //! [`Session::act`] carries out what it orders: journal, send, and the orders that the phases look at.
 
-use super::report::Figures;
+use super::figures::Figures;
 use crate::control::Control;
 use crate::event::Event;
 use crate::link::Connector;

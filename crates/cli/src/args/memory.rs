@@ -36,6 +36,13 @@ pub(crate) struct NamedMemory {
     pub(crate) size: Option<u64>,
 }
 
+impl NamedMemory {
+    /// The number that a region of this name has on both sides: FNV-1a of the name.
+    pub(crate) fn region_number(&self) -> u32 {
+        self.name.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    }
+}
+
 /// Bytes: `64MiB`, `4096`, `0x1000`; whole pages.
 fn pages(key: &str, text: &str) -> Result<u64, String> {
     let bytes = match text.strip_prefix("0x") {
@@ -100,6 +107,15 @@ impl FromStr for NamedMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_number_of_a_name_is_the_same_on_every_host() {
+        // The published values of FNV-1a: a change here is a change of the wire.
+        for (name, number) in [("a", 0xe40c_292c), ("foobar", 0xbf9c_f968)] {
+            let memory: NamedMemory = format!("{name}=file:/m").parse().unwrap();
+            assert_eq!(memory.region_number(), number);
+        }
+    }
 
     #[test]
     fn memory_is_a_place_and_where_the_guest_sees_it() {

@@ -5,6 +5,7 @@ use super::child::{Cast, ChildId, Name};
 use super::faults;
 use super::host::{Args, Host};
 use super::overlap::{Live, device_live, first_overlap};
+use super::parts::Parts;
 use super::peak::Peak;
 use super::relay::Relay;
 use super::result::{DemoResult, PeakView};
@@ -42,20 +43,6 @@ pub(crate) struct Attempt<'a> {
     pub(crate) fault: Option<Fault>,
     /// The host that the guest is on.
     pub(crate) source: &'a Host,
-}
-
-/// The processes and hosts of a migration under way.
-pub(crate) struct Parts<'a> {
-    /// `send`.
-    pub(crate) sender: ChildId,
-    /// `receive`.
-    pub(crate) receiver: ChildId,
-    /// The host that the guest leaves.
-    pub(crate) source: &'a Host,
-    /// The host that it comes to.
-    pub(crate) destination: &'a Host,
-    /// Between them, when the connection is to be cut.
-    pub(crate) relay: Option<&'a Relay>,
 }
 
 impl Attempt<'_> {

@@ -3,8 +3,8 @@
 //! A held engine has announced the phase and done nothing of it, so a fault is always at the same
 //! place, however fast the machine is.
 
-use super::attempt::Parts;
 use super::child::Cast;
+use super::parts::Parts;
 use super::{ANSWER, DemoError};
 use crate::args::{DemoArgs, FaultPhase, KillSpec, Victim};
 use crate::json::Output;

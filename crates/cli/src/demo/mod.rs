@@ -10,6 +10,7 @@ mod child;
 mod faults;
 mod host;
 mod overlap;
+mod parts;
 mod peak;
 mod progress;
 mod relay;

@@ -1,9 +1,9 @@
 //! What has arrived, and where the guest runs: asked of the simulated machines and read from the
 //! device servers' logs, never from the engine.
 
-use super::attempt::Parts;
 use super::child::{Cast, ChildId};
 use super::host::Host;
+use super::parts::Parts;
 use super::result::{DemoResult, GuestView};
 use super::{ANSWER, DemoError, START};
 use airlift::{Outcome, Running};
