@@ -26,6 +26,8 @@ struct Fake {
     stuck: Option<(DeviceState, Receiver<()>)>,
     /// Bytes that STOP_COPY gives; each read waits for a word of the test where there is one.
     bytes: usize,
+    /// What it says to have, in PRE_COPY and for STOP_COPY.
+    says: u64,
     pace: Option<Receiver<()>>,
     broken_read: bool,
     /// The arc into this state fails and leaves it in ERROR.
@@ -51,6 +53,7 @@ impl Fake {
             })),
             stuck: None,
             bytes: 1000,
+            says: 1000,
             pace: None,
             broken_read: false,
             breaks_at: None,
@@ -109,7 +112,7 @@ impl MigrationDevice for Fake {
     }
 
     fn stop_copy_size(&mut self) -> Result<Option<u64>, DeviceError> {
-        Ok(Some(self.bytes as u64))
+        Ok(Some(self.says))
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
@@ -133,7 +136,8 @@ struct Reader {
 
 impl SaveSession for Reader {
     fn precopy_info(&mut self) -> Result<Option<PrecopyInfo>, DeviceError> {
-        Ok(Some(PrecopyInfo { initial_bytes: self.left as u64, ..PrecopyInfo::default() }))
+        let initial_bytes = self.left as u64;
+        Ok(Some(PrecopyInfo { initial_bytes, dirty_bytes: self.device.says, ..PrecopyInfo::default() }))
     }
 
     fn read(&mut self, buf: &mut [u8]) -> Result<Piece, DeviceError> {
@@ -324,6 +328,22 @@ fn a_read_that_fails_after_the_stop_is_told_before_anybody_asks_for_the_end() {
     // It is told again to whoever does.
     let mut draining = stopped.drain(vec![None]);
     assert!(matches!(draining.poll(LONG), Err(SetError::Device { .. })));
+}
+
+// V2-ESTIMATE
+#[test]
+fn a_device_that_misjudges_what_it_has_is_read_to_its_end_all_the_same() {
+    for says in [0, 1, 999, 1001, u64::MAX] {
+        let mut device = Fake::new("a");
+        device.says = says;
+        let (sink, _frames) = sink();
+        let saving = set(&[&device]).start_saving(&sink, LONG).unwrap();
+        let (stopped, _) = saving.quiesce(Quiesce::default(), LONG).unwrap();
+        let mut draining = stopped.drain(vec![None]);
+        assert!(draining.poll(LONG).unwrap(), "{says}");
+        let drained = draining.finish().unwrap();
+        assert_eq!(drained.reports()[0].stop_copy_bytes, 1000, "{says}");
+    }
 }
 
 #[test]

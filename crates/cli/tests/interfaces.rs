@@ -39,7 +39,7 @@ fn every_mapping_and_sections_of_other_sizes_give_the_same_device() {
     demo(&["--interface", "v1", "--devices", "1", "--device-v1-section", "4999"]).assert_completed();
 }
 
-// V1-CHUNK, V1-WHOLE
+// V1-CHUNK, V1-WHOLE, I11
 #[test]
 fn a_device_that_takes_only_whole_transactions_gets_them_or_nothing_is_begun() {
     let whole = ["--interface", "v1", "--device-v1-whole"];

@@ -41,6 +41,7 @@ fn a_uart_with_one_port_is_not_loaded_into_one_with_two() {
     assert_eq!(take_uart(&to.open(), 0), (0x22, "destination".into()));
 }
 
+// I11
 #[test]
 #[ignore = "needs the test VM: cargo xtask vm-test"]
 fn devices_that_do_not_match_are_not_touched() {
