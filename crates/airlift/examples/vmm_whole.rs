@@ -8,7 +8,7 @@ mod support;
 
 use airlift::link::{LinkOptions, Uri, UriAcceptor, UriConnector};
 use airlift::machine::Machine;
-use airlift::vfio_user::{ClientOptions, VfioUserDevice};
+use airlift::vfio_user::{ClientOptions, MigrationInterface, VfioUserDevice};
 use airlift::vmm::VmmDevices;
 use airlift::{
     Destination, DestinationOptions, Durability, Environment, FileJournal, Outcome, Source, SourceDevice,
@@ -19,7 +19,8 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let (here, there) = (support::Host::new(2)?, support::Host::new(2)?);
+    let v2 = MigrationInterface::V2;
+    let (here, there) = (support::Host::new(2, &v2)?, support::Host::new(2, &v2)?);
     let journals = tempfile::tempdir()?;
 
     // The destination: a machine that waits for its state, its devices, an address, a journal.

@@ -4,8 +4,10 @@
 //! [`Device`] in the order of arrival on one thread; [`Saver`]s and [`Loader`]s run on another, so
 //! that guest accesses do not wait behind migration data.
 
-use crate::{Dma, Done, Irqs};
-use airlift_core::{Arc as StateArc, DeviceState, Errno, MigrationFlags, PrecopyInfo, StateFormat};
+use crate::{Dma, Done, Irqs, V1Section, V1SectionError};
+use airlift_core::{
+    Arc as StateArc, DeviceState, Errno, InvalidCapabilities, MigrationFlags, PrecopyInfo, StateFormat,
+};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -50,7 +52,8 @@ pub struct MigrationSupport {
     /// Over which interface it is served.
     pub interface: MigrationInterface,
     /// Its states. Over interface v1: STOP_COPY and PRE_COPY, which every device must have there, also
-    /// one that has nothing to give in it; and no P2P (V1-ARCS).
+    /// one that has nothing to give in it; and no P2P (V1-ARCS). A device with flags that its interface
+    /// does not have is not served ([`DescriptionError`]).
     pub flags: MigrationFlags,
     /// The server logs the DMA that goes through [`Dma`] and serves features 6, 7 and 8.
     pub dma_logging: bool,
@@ -71,33 +74,36 @@ pub enum MigrationInterface {
     V1(V1Section),
 }
 
-/// The data section of a migration region (interface v1). Each [`Saver::read`] is offered a buffer of
-/// its size and gives one transaction; each [`Loader::write`] is given what the client wrote as one.
-/// A section that cannot be (and flags that the interface does not have) makes the server say so and
-/// serve the device without migration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct V1Section {
-    /// Its size in bytes, 1 to 1 GiB. A transaction is never larger.
-    pub size: u64,
-    /// What of it a client may map.
-    pub mapping: V1Mapping,
-    /// The device takes a transaction only as its source gave it, never in several rounds (V1-WHOLE):
-    /// a source whose section is larger is refused before anything starts.
-    pub whole_transactions: bool,
+/// Why a device that is described so is not served: the cause in the error of kind
+/// [`InvalidInput`](std::io::ErrorKind::InvalidInput) that [`Server::serve`](crate::Server::serve) and
+/// [`Server::serve_stream`](crate::Server::serve_stream) give.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DescriptionError {
+    /// Flags that interface v2 leaves undefined (V2-CAPABILITIES).
+    #[error(transparent)]
+    Flags(#[from] InvalidCapabilities),
+    /// Flags other than those that every device of interface v1 has (V1-ARCS).
+    #[error("the flags are {0:?}: interface v1 has STOP_COPY and PRE_COPY, and no P2P")]
+    V1Flags(MigrationFlags),
+    /// A data section that cannot be (V1-REGION, V1-AREAS).
+    #[error(transparent)]
+    Section(#[from] V1SectionError),
+    /// The device takes whole transactions only, and the server has no way to say so (V1-WHOLE): a source
+    /// with a larger section would be found too late.
+    #[error(
+        "the device takes whole transactions only, which clients learn from an extension: serve it with extensions"
+    )]
+    WholeTransactions,
+    /// Every number that the migration region could have is a region's of the device.
+    #[error("no number is left for the migration region")]
+    Index,
 }
 
-/// What of a data section a client may map. Where a part can be mapped the section begins at offset 4096
-/// of the region; otherwise right behind the fields, at 32, which is also so when
-/// [`Mapped`](Self::Mapped) finds no whole page.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum V1Mapping {
-    /// Nothing.
-    Trapped,
-    /// All whole pages of it; what is left of the last one is trapped.
-    Mapped,
-    /// These `(offset, length)` in bytes from the section's start, in any order: multiples of 4096 above
-    /// 0, inside the section and apart from each other; at most 4096 of them.
-    Sparse(Vec<(u64, u64)>),
+impl From<DescriptionError> for std::io::Error {
+    fn from(error: DescriptionError) -> Self {
+        Self::new(std::io::ErrorKind::InvalidInput, error)
+    }
 }
 
 /// One region.
@@ -242,12 +248,36 @@ pub trait Device: Send {
 }
 
 /// Reads a device's state for a client.
+///
+/// What the client is told of sizes comes from [`precopy_info`](Self::precopy_info) and
+/// [`stop_copy_size`](Self::stop_copy_size), which are asked between reads. Neither counts what was read
+/// already.
+///
+/// | | asked for `precopy_info` | asked for `stop_copy_size` |
+/// |---|---|---|
+/// | v2, PRE_COPY and PRE_COPY_P2P | at each PRECOPY_INFO | at each MIG_DATA_SIZE |
+/// | v2, STOP_COPY | never | at each MIG_DATA_SIZE |
+/// | v1, PRE_COPY | at each read of `pending_bytes` | at each read of `pending_bytes` |
+/// | v1, STOP_COPY | never | at each read of `pending_bytes`, but for the one that finds the end |
+///
+/// Over v2 both questions are extensions: without
+/// [`ServerOptions::extensions`](crate::ServerOptions::extensions) they are never asked.
+///
+/// Over v1 one number has to say it all. A read of `pending_bytes` first [reads](Self::read) the next chunk,
+/// unless one is waiting to be taken, and is then answered with that chunk's bytes and:
+///
+/// - in PRE_COPY the greater of the two: `initial_bytes` and `dirty_bytes` together, or `stop_copy_size`.
+///   So the client knows before the stop what comes after it. As long as nothing can be read now it
+///   gets a chunk of 0 bytes, which is a pause (V1-HOLLOW);
+/// - in STOP_COPY `stop_copy_size`. Where nothing was read the answer is 0, the end, and no estimate
+///   changes that.
 pub trait Saver: Send {
-    /// Bytes that pre-copy still has.
+    /// Bytes that can still be read in PRE_COPY, from now: of initial data, and of what has changed since
+    /// it was read. [`PrecopyInfo::reinit`] is told over v2 alone, to a client that opted in.
     fn precopy_info(&mut self) -> PrecopyInfo;
 
-    /// Estimate of the bytes that STOP_COPY would give, from now. Over interface v1 this and
-    /// [`precopy_info`](Self::precopy_info) are told beside what was read last, as `pending_bytes`.
+    /// Estimate of the bytes that would be read if the device were in STOP_COPY now, to the end: for a
+    /// device that gives something in PRE_COPY that includes what is left of it.
     fn stop_copy_size(&mut self) -> u64;
 
     /// Reads the next bytes. 0: in PRE_COPY states nothing now, in STOP_COPY the end. The server

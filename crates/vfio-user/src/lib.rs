@@ -9,6 +9,7 @@ mod dma;
 mod dma_log;
 mod done;
 mod irqs;
+mod section;
 mod server;
 pub mod transport;
 
@@ -17,11 +18,12 @@ pub use client::{
     VfioUserRegion,
 };
 pub use device::{
-    Attachment, Description, Detach, Device, DmaChange, IrqDescription, Loader, MigrationInterface,
-    MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionIndex, RegionMapping, Saver, V1Mapping,
-    V1Section,
+    Attachment, Description, DescriptionError, Detach, Device, DmaChange, IrqDescription, Loader,
+    MigrationInterface, MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionIndex, RegionMapping,
+    Saver,
 };
 pub use dma::{Dma, DmaAccess, DmaError, DmaGuard};
 pub use done::{Completion, Done};
 pub use irqs::Irqs;
+pub use section::{V1Mapping, V1Section, V1SectionError};
 pub use server::{Server, ServerHandle, ServerOptions};

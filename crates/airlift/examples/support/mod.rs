@@ -3,7 +3,7 @@
 use airlift::core::DeviceId;
 use airlift_softdevice::simvm::{SimDevice, SimVmConfig};
 use airlift_softdevice::{SoftDevice, SoftDeviceOptions};
-use airlift_vfio_user::{Server, ServerHandle, ServerOptions};
+use airlift_vfio_user::{MigrationInterface, Server, ServerHandle, ServerOptions};
 use std::error::Error;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -16,8 +16,8 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// A host with this many devices of 8 MiB of state.
-    pub(crate) fn new(devices: u64) -> Result<Self, Box<dyn Error>> {
+    /// A host with this many devices of 8 MiB of state, served over this interface.
+    pub(crate) fn new(devices: u64, interface: &MigrationInterface) -> Result<Self, Box<dyn Error>> {
         let dir = tempfile::tempdir()?;
         let mut servers = Vec::new();
         for i in 0..devices {
@@ -25,6 +25,7 @@ impl Host {
                 seed: 7 + i,
                 state_size: 8 << 20,
                 dirty_rate: 1 << 20,
+                interface: interface.clone(),
                 ..SoftDeviceOptions::default()
             };
             let device = SoftDevice::new(options, |_event| ())?;

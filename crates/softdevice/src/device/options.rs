@@ -2,7 +2,7 @@
 
 use super::format::{HEAD, RUN};
 use airlift_core::{Arc, Errno, Interface};
-use airlift_vfio_user::MigrationInterface;
+use airlift_vfio_user::{MigrationInterface, V1Section, V1SectionError};
 use std::time::Duration;
 
 /// How a device is made. The default is a device of 64 MiB that can do everything and fails in nothing.
@@ -124,6 +124,9 @@ pub enum SoftDeviceError {
     /// Interface v1 without PRE_COPY.
     #[error("interface v1 without PRE_COPY: every device of interface v1 has it")]
     PreCopy,
+    /// What of the data section is to be mapped cannot be (V1-AREAS).
+    #[error(transparent)]
+    Section(V1SectionError),
     /// Whole transactions are wanted, and one of its own does not fit into the data section (V1-WHOLE).
     #[error(
         "a data section of {section} bytes for whole transactions: its largest record has {record} bytes"
@@ -170,7 +173,6 @@ impl SoftDeviceOptions {
         matches!(&self.interface, MigrationInterface::V1(section) if section.whole_transactions)
     }
 
-    pub(crate) const MAX_SECTION: u64 = 1 << 30;
     pub(crate) const MAX_STATE: u64 = 1 << 40;
     pub(crate) const MAX_BAR2: u64 = 16 << 20;
 
@@ -193,13 +195,16 @@ impl SoftDeviceOptions {
             return Err(SoftDeviceError::Range { what: "a ring rate", value: self.ring_rate, min: 0, max });
         }
         if let MigrationInterface::V1(section) = &self.interface {
-            let (value, max) = (section.size, Self::MAX_SECTION);
-            if value == 0 || value > max {
-                return Err(SoftDeviceError::Range { what: "a data section", value, min: 1, max });
-            }
+            section.check().map_err(|error| match error {
+                V1SectionError::Size(value) => {
+                    let max = V1Section::MAX_SIZE;
+                    SoftDeviceError::Range { what: "a data section", value, min: 1, max }
+                }
+                other => SoftDeviceError::Section(other),
+            })?;
             let record = self.largest_record();
-            if section.whole_transactions && value < record {
-                return Err(SoftDeviceError::Whole { section: value, record });
+            if section.whole_transactions && section.size < record {
+                return Err(SoftDeviceError::Whole { section: section.size, record });
             }
             if !self.precopy {
                 return Err(SoftDeviceError::PreCopy);
@@ -210,5 +215,32 @@ impl SoftDeviceOptions {
             return Err(SoftDeviceError::Range { what: "a load rate", value: 0, min: 1, max });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use airlift_vfio_user::V1Mapping;
+
+    // V1-AREAS
+    #[test]
+    fn a_sparse_section_is_checked_as_its_server_does() {
+        let check = |areas: &[(u64, u64)]| {
+            let mapping = V1Mapping::Sparse(areas.to_vec());
+            let section = V1Section { size: 16_384, mapping, whole_transactions: false };
+            let interface = MigrationInterface::V1(section);
+            SoftDeviceOptions { interface, ..SoftDeviceOptions::default() }.check()
+        };
+        check(&[(8192, 4096), (0, 4096)]).expect("areas in any order");
+        let (offset, length) = (12_288, 8192);
+        for (areas, why) in [
+            (vec![(offset, length)], V1SectionError::Area { offset, length }),
+            (vec![(0, 100)], V1SectionError::Area { offset: 0, length: 100 }),
+            (vec![(0, 8192), (4096, 4096)], V1SectionError::Overlap { first: 0, second: 4096 }),
+        ] {
+            let refused = check(&areas);
+            assert!(matches!(refused, Err(SoftDeviceError::Section(e)) if e == why), "{refused:?}");
+        }
     }
 }

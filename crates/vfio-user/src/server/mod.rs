@@ -55,7 +55,9 @@ pub struct ServerOptions {
     /// A short MIG_DATA_READ reply is padded with zeroes to the size that was asked for: the sample
     /// client of a widely used C library takes no other (VU-SHORT-READ). Default: off.
     pub pad_short_reads: bool,
-    /// Airlift's extensions are offered (`docs/vfio-user-extensions.md`). Default: on.
+    /// Airlift's extensions are offered (`docs/vfio-user-extensions.md`). A device that sets
+    /// [`V1Section::whole_transactions`](crate::V1Section::whole_transactions) is not served without them:
+    /// one of them is the only way to say it (V1-WHOLE). Default: on.
     pub extensions: bool,
 }
 
@@ -141,17 +143,20 @@ impl Server {
     /// the first one notices nothing (VU-ONE-CLIENT). The device's methods run on this thread.
     ///
     /// # Errors
-    /// When the threads cannot be started or the listener cannot be used.
+    /// Of kind `InvalidInput`, with a [`DescriptionError`](crate::DescriptionError), when a device that is
+    /// described so cannot be served: no client was accepted then. Else when the threads cannot be
+    /// started, there is no memory for a migration region, or the listener cannot be used.
     pub fn serve(self, listener: UnixListener) -> io::Result<Box<dyn Device>> {
         listener.set_nonblocking(true)?;
         let waker = Waker::new()?;
+        let events = self.sender.clone();
+        let ready = self.prepare()?;
         std::thread::scope(|scope| {
-            let events = self.sender.clone();
             let accepting = &waker;
             std::thread::Builder::new()
                 .name("vfu-accept".into())
                 .spawn_scoped(scope, move || accept(&listener, accepting, &events))?;
-            let result = self.run(None);
+            let result = ready.run(None);
             waker.wake();
             result
         })
@@ -161,18 +166,32 @@ impl Server {
     /// device back. The device's methods run on this thread.
     ///
     /// # Errors
-    /// When the threads cannot be started.
+    /// As [`serve`](Self::serve); the connection is closed then.
     pub fn serve_stream(self, stream: UnixStream) -> io::Result<Box<dyn Device>> {
-        self.run(Some(stream))
+        self.prepare()?.run(Some(stream))
     }
 
-    fn run(self, only: Option<UnixStream>) -> io::Result<Box<dyn Device>> {
-        let (jobs, received) = crossbeam_channel::unbounded();
+    /// Asks the device what it is, and makes all that can be refused.
+    fn prepare(self) -> io::Result<Ready> {
+        let (sender, jobs) = crossbeam_channel::unbounded();
         let events = self.sender.clone();
-        let data = std::thread::Builder::new()
-            .name("vfu-data".into())
-            .spawn(move || data::run(&received, &events))?;
-        let worker = Worker::new(self.device, self.options, self.sender, self.receiver, jobs);
+        let worker = Worker::new(self.device, self.options, self.sender, self.receiver, sender)?;
+        Ok(Ready { worker, jobs, events })
+    }
+}
+
+/// A server whose device can be served, before its first client.
+struct Ready {
+    worker: Worker,
+    jobs: Receiver<data::Job>,
+    events: Sender<Event>,
+}
+
+impl Ready {
+    fn run(self, only: Option<UnixStream>) -> io::Result<Box<dyn Device>> {
+        let Self { worker, jobs, events } = self;
+        let data =
+            std::thread::Builder::new().name("vfu-data".into()).spawn(move || data::run(&jobs, &events))?;
         let device = worker.run(only);
         // The worker has dropped its sender: the thread ends with what it is doing.
         if data.join().is_err() {

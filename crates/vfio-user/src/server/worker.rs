@@ -9,10 +9,11 @@ use crate::codec::{
     DEFAULT_MAX_DATA_XFER_SIZE, FeatureFlags, FeatureHeader, VersionCaps, VersionMessage, command, feature,
     take,
 };
-use crate::{Attachment, Description, Detach, Device, Dma, Irqs};
-use airlift_core::{Capabilities, DeviceState, Errno};
+use crate::{Attachment, Description, DescriptionError, Detach, Device, Dma, Irqs, MigrationInterface};
+use airlift_core::{Capabilities, DeviceState, Errno, MigrationFlags};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -63,17 +64,18 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    /// An error of kind `InvalidInput` holds a [`DescriptionError`].
     pub(super) fn new(
         device: Box<dyn Device>,
         options: ServerOptions,
         sender: Sender<Event>,
         receiver: Receiver<Event>,
         jobs: Sender<Job>,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let description = device.describe();
-        let (caps, region) = migration(&description);
+        let (caps, region) = migration(&description, &options)?;
         let irqs = Irqs::new(&description.irqs);
-        Self {
+        Ok(Self {
             device,
             caps,
             region,
@@ -96,7 +98,7 @@ impl Worker {
             waiting: None,
             single: false,
             stopping: false,
-        }
+        })
     }
 
     /// Runs until it is stopped, or until `only`, where given, has gone.
@@ -300,22 +302,26 @@ impl Worker {
     }
 }
 
-/// What a device that is described so can do, and its migration region. A description that cannot be
-/// is one of a device that cannot be migrated.
-fn migration(description: &Description) -> (Option<Capabilities>, Option<Arc<V1Region>>) {
-    let Some(support) = &description.migration else { return (None, None) };
-    let without = |error: &dyn std::error::Error| {
-        tracing::error!(%error, "the device is served without migration");
-        (None, None)
+/// What a device that is described so can do, and its migration region.
+fn migration(
+    description: &Description,
+    options: &ServerOptions,
+) -> io::Result<(Option<Capabilities>, Option<Arc<V1Region>>)> {
+    let Some(support) = &description.migration else { return Ok((None, None)) };
+    let region = match &support.interface {
+        MigrationInterface::V2 => None,
+        MigrationInterface::V1(section) => {
+            if support.flags != MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY {
+                return Err(DescriptionError::V1Flags(support.flags).into());
+            }
+            if section.whole_transactions && !options.extensions {
+                return Err(DescriptionError::WholeTransactions.into());
+            }
+            Some(Arc::new(V1Region::of(description, section)?))
+        }
     };
-    let caps = match Capabilities::v2(support.flags.bits()) {
-        Ok(caps) => Capabilities { reinit: support.reinit, ..caps },
-        Err(error) => return without(&error),
-    };
-    match V1Region::of(description, support) {
-        Ok(region) => (Some(caps), region.map(Arc::new)),
-        Err(error) => without(&error),
-    }
+    let caps = Capabilities::v2(support.flags.bits()).map_err(DescriptionError::from)?;
+    Ok((Some(Capabilities { reinit: support.reinit, ..caps }), region))
 }
 
 fn asks_for_socket(request: &Request) -> bool {

@@ -5,9 +5,9 @@ use airlift_core::{
     Arc as StateArc, DeviceId, DeviceState, Errno, Interface, MigrationFlags, PrecopyInfo, StateFormat,
 };
 use airlift_vfio_user::{
-    Attachment, Client, ClientOptions, Description, Detach, Device, DmaChange, Done, IrqDescription, Loader,
-    MigrationInterface, MigrationSupport, PciIds, RegionAreas, RegionDescription, RegionMapping, Saver,
-    Server, ServerHandle, ServerOptions, V1Section, VfioUserDevice,
+    Attachment, Client, ClientOptions, Description, DescriptionError, Detach, Device, DmaChange, Done,
+    IrqDescription, Loader, MigrationInterface, MigrationSupport, PciIds, RegionAreas, RegionDescription,
+    RegionMapping, Saver, Server, ServerHandle, ServerOptions, V1Section, VfioUserDevice,
 };
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -107,6 +107,7 @@ impl Control {
 
 pub(crate) struct TestDevice {
     pub(crate) control: Arc<Control>,
+    /// Its states; with none it cannot be migrated.
     pub(crate) flags: MigrationFlags,
     pub(crate) mapping: Option<(Arc<OwnedFd>, RegionAreas)>,
 }
@@ -157,7 +158,7 @@ impl Device for TestDevice {
                 class: 0x02_80_00,
                 revision: 3,
             }),
-            migration: Some(MigrationSupport {
+            migration: (!self.flags.is_empty()).then(|| MigrationSupport {
                 interface: v1.map_or(MigrationInterface::V2, MigrationInterface::V1),
                 flags: self.flags,
                 dma_logging: true,
@@ -316,6 +317,8 @@ pub(crate) struct Served {
 }
 
 pub(crate) const FULL: MigrationFlags = MigrationFlags::all();
+/// Those of interface v1.
+pub(crate) const V1_FLAGS: MigrationFlags = MigrationFlags::STOP_COPY.union(MigrationFlags::PRE_COPY);
 
 pub(crate) fn control() -> Arc<Control> {
     let control = Arc::new(Control::default());
@@ -340,8 +343,7 @@ pub(crate) fn serve_v1(section: V1Section) -> Served {
 pub(crate) fn serve_v1_with(section: V1Section, options: ServerOptions) -> Served {
     let control = control();
     control.with(|s| s.v1 = Some(section));
-    let flags = MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY;
-    serve_device(TestDevice { control, flags, mapping: None }, options)
+    serve_device(TestDevice { control, flags: V1_FLAGS, mapping: None }, options)
 }
 
 pub(crate) fn serve_device(device: TestDevice, options: ServerOptions) -> Served {
@@ -353,6 +355,37 @@ pub(crate) fn serve_device(device: TestDevice, options: ServerOptions) -> Served
     let handle = server.handle();
     let thread = std::thread::spawn(move || drop(server.serve(listener).unwrap()));
     Served { control, path, handle, thread: Some(thread), _dir: dir }
+}
+
+/// Why a device is not served, over a listener and over a stream: the same, and before anybody attached.
+pub(crate) fn refused(
+    flags: MigrationFlags,
+    v1: Option<V1Section>,
+    options: &ServerOptions,
+) -> std::io::Error {
+    let control = control();
+    control.with(|s| s.v1 = v1);
+    let server = || {
+        let device = TestDevice { control: Arc::clone(&control), flags, mapping: None };
+        let server = Server::new(Box::new(device), options.clone());
+        // One that serves all the same ends at once.
+        server.handle().stop();
+        server
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+    let error = server().serve(listener).map(drop).expect_err("a listener that is served");
+    let (_client, stream) = UnixStream::pair().unwrap();
+    let same = server().serve_stream(stream).map(drop).expect_err("a stream that is served");
+    assert_eq!((error.kind(), error.to_string()), (same.kind(), same.to_string()));
+    assert_eq!(control.log(), [""; 0]);
+    error
+}
+
+/// What is wrong with the description of a device that is not served.
+pub(crate) fn cause(error: &std::io::Error) -> &DescriptionError {
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+    error.get_ref().and_then(|cause| cause.downcast_ref()).expect("a DescriptionError")
 }
 
 impl Served {

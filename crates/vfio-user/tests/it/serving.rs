@@ -2,9 +2,11 @@
 //! that come and go.
 
 use crate::common::*;
-use airlift_core::{DeviceErrorKind, DeviceState, Errno, MigrationDevice};
+use airlift_core::{
+    DeviceErrorKind, DeviceState, Errno, InvalidCapabilities, MigrationDevice, MigrationFlags,
+};
 use airlift_vfio_user::codec::{DeviceInfoFlags, IrqInfoFlags, RegionInfoFlags};
-use airlift_vfio_user::{Client, RegionAreas, ServerOptions};
+use airlift_vfio_user::{Client, DescriptionError, RegionAreas, ServerOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -120,6 +122,16 @@ fn interrupts_reach_the_eventfd_they_are_wired_to() {
     assert_eq!(count(&intx), 1);
     assert_eq!(client.mask_irqs(2, 0, 1, true).unwrap_err().errno, Some(Errno::EINVAL));
     assert_eq!(client.set_irqs(2, 39, &borrowed[..2]).unwrap_err().errno, Some(Errno::EINVAL));
+}
+
+// V2-CAPABILITIES
+#[test]
+fn flags_that_mean_nothing_are_told_to_whoever_serves_them() {
+    for flags in [MigrationFlags::PRE_COPY, MigrationFlags::P2P] {
+        let error = refused(flags, None, &ServerOptions::default());
+        assert_eq!(cause(&error), &DescriptionError::Flags(InvalidCapabilities(flags.bits())));
+        assert!(error.to_string().contains("STOP_COPY must be set"), "{error}");
+    }
 }
 
 // VU-ONE-CLIENT

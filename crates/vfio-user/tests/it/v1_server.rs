@@ -4,7 +4,7 @@ use crate::common::*;
 use crate::v1_user::*;
 use airlift_core::{Errno, Interface};
 use airlift_vfio_user::codec::{FeatureFlags, RegionInfoFlags, StateFormatFlags, feature};
-use airlift_vfio_user::{V1Mapping, V1Section};
+use airlift_vfio_user::{DescriptionError, ServerOptions, V1Mapping, V1Section, V1SectionError};
 
 fn section(size: u64, mapping: V1Mapping) -> V1Section {
     V1Section { size, mapping, whole_transactions: false }
@@ -129,25 +129,48 @@ fn what_else_a_device_reads_stands_behind_the_name_of_its_format() {
     assert_eq!(flags(&[], Some(false)), F::empty());
 }
 
-// V1-REGION
+// V1-REGION, V1-AREAS
 #[test]
-fn a_section_that_cannot_be_makes_a_device_without_migration() {
-    for wrong in [
-        section(0, V1Mapping::Trapped),
-        section((1 << 30) + 1, V1Mapping::Mapped),
-        section(8192, V1Mapping::Sparse(vec![(4096, 8192)])),
-        section(8192, V1Mapping::Sparse(vec![(0, 4096), (0, 4096)])),
+fn a_section_that_cannot_be_is_told_to_whoever_serves_it() {
+    use V1SectionError::{Area, Areas, Overlap, Size};
+    let sparse = |areas: &[_]| section(16_384, V1Mapping::Sparse(areas.to_vec()));
+    for (wrong, why, words) in [
+        (section(0, V1Mapping::Trapped), Size(0), "a data section of 0 bytes"),
+        (section((1 << 30) + 1, V1Mapping::Mapped), Size((1 << 30) + 1), "1 byte to 1 GiB"),
+        (sparse(&[(12_288, 8192)]), Area { offset: 12_288, length: 8192 }, "not in the data section"),
+        (sparse(&[(0, 4096), (100, 4096)]), Area { offset: 100, length: 4096 }, "0x64"),
+        (sparse(&[(4096, 8192), (0, 8192)]), Overlap { first: 0, second: 4096 }, "overlap"),
+        (sparse(&[(0, 4096); 4097]), Areas(4097), "4097 areas"),
     ] {
-        let served = serve_v1(wrong);
-        let client = served.client();
-        assert_eq!(client.info().unwrap().num_regions, 9);
-        assert!(!client.has_feature(feature::STATE_FORMAT, FeatureFlags::GET).unwrap());
+        assert_eq!(wrong.check(), Err(why));
+        let error = refused(V1_FLAGS, Some(wrong), &ServerOptions::default());
+        assert_eq!(cause(&error), &DescriptionError::Section(why));
+        assert!(error.to_string().contains(words), "{error}");
     }
-    // P2P is not of this interface.
-    let control = control();
-    control.with(|s| s.v1 = Some(section(8192, V1Mapping::Trapped)));
-    let served = serve_device(TestDevice { control, flags: FULL, mapping: None }, Default::default());
-    assert_eq!(served.client().info().unwrap().num_regions, 9);
+}
+
+// V1-ARCS
+#[test]
+fn flags_that_the_interface_does_not_have_are_told_to_whoever_serves_them() {
+    use airlift_core::MigrationFlags as F;
+    for flags in [FULL, F::STOP_COPY, F::PRE_COPY, F::STOP_COPY | F::P2P] {
+        let error = refused(flags, Some(section(8192, V1Mapping::Trapped)), &ServerOptions::default());
+        assert_eq!(cause(&error), &DescriptionError::V1Flags(flags));
+        assert!(error.to_string().contains("no P2P"), "{error}");
+    }
+}
+
+// V1-WHOLE: a source with a larger section would be found in the middle of the load
+#[test]
+fn a_device_of_whole_transactions_is_not_served_where_that_cannot_be_said() {
+    let silent = ServerOptions { extensions: false, ..Default::default() };
+    let whole = V1Section { whole_transactions: true, ..section(8192, V1Mapping::Mapped) };
+    let error = refused(V1_FLAGS, Some(whole), &silent);
+    assert_eq!(cause(&error), &DescriptionError::WholeTransactions);
+    assert!(error.to_string().contains("extensions"), "{error}");
+    // One that takes any rounds has nothing to say.
+    let served = serve_v1_with(section(8192, V1Mapping::Mapped), silent);
+    assert_eq!(served.client().info().unwrap().num_regions, 10);
 }
 
 // V1-ARCS, V1-ORDER, V1-BITS
@@ -292,21 +315,30 @@ fn reading_a_field_again_changes_nothing() {
     }
 }
 
-// V1-PENDING
+// V1-PENDING, V1-HOLLOW
 #[test]
-fn nothing_pending_in_pre_copy_is_a_pause() {
+fn what_comes_only_after_the_stop_is_pending_before_it_and_gives_nothing_yet() {
     let served = serve_v1(section(8192, V1Mapping::Mapped));
     let user = served.user();
     user.set(PRE_COPY).unwrap();
     assert_eq!(user.get(PENDING).unwrap(), 0);
-    // What STOP_COPY would have is not counted: it cannot be fetched now.
+    // What STOP_COPY would have is told, and cannot be fetched now: a pause.
     served.control.with(|s| s.stop_copy.extend([8; 5]));
-    assert_eq!(user.get(PENDING).unwrap(), 0);
-    served.control.with(|s| s.precopy.extend([7; 3]));
-    assert_eq!(user.get(PENDING).unwrap(), 3);
-    assert_eq!(user.save(), [[7; 3]]);
+    for _ in 0..3 {
+        assert_eq!(user.get(PENDING).unwrap(), 5);
+        assert!(user.fetch().unwrap().is_empty());
+    }
+    // The greater of the two beside the chunk: what is left for after the stop counts what is left before.
+    served.control.with(|s| {
+        s.precopy.extend([7; 6]);
+        s.read_limit = Some(4);
+    });
+    assert_eq!(user.get(PENDING).unwrap(), 4 + (2 + 5));
+    assert_eq!(user.save(), [vec![7; 4], vec![7; 2]]);
+    assert_eq!(user.get(PENDING).unwrap(), 5);
     user.set(STOP_COPY).unwrap();
-    assert_eq!(user.save(), [[8; 5]]);
+    assert_eq!(user.get(PENDING).unwrap(), 5);
+    assert_eq!(user.save(), [vec![8; 4], vec![8; 1]]);
 }
 
 // V1-OUTSTANDING
@@ -320,7 +352,7 @@ fn a_chunk_that_was_not_taken_stays_over_the_stop() {
         s.stop_copy.extend(&late);
     });
     user.set(PRE_COPY).unwrap();
-    assert_eq!(user.get(PENDING).unwrap(), 9000);
+    assert_eq!(user.get(PENDING).unwrap(), 9100);
     let mut all = user.fetch().unwrap();
     assert_eq!(all.len(), 8192);
     // The state is written between the data and the next read of pending_bytes.

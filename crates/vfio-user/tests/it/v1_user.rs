@@ -128,11 +128,16 @@ impl User {
         self.read_data(offset, size)
     }
 
-    /// The save loop, as long as anything is pending.
+    /// The save loop, as long as anything is pending and comes: a chunk of 0 bytes is a pause (V1-HOLLOW).
     pub(crate) fn save(&self) -> Vec<Vec<u8>> {
         let mut chunks = Vec::new();
         while self.get(PENDING).unwrap() > 0 {
-            chunks.push(self.fetch().unwrap());
+            let chunk = self.fetch().unwrap();
+            if chunk.is_empty() {
+                assert_eq!(self.state(), PRE_COPY, "bytes are pending after the stop, and none come");
+                break;
+            }
+            chunks.push(chunk);
             assert!(chunks.len() < 1000, "the device never ends");
         }
         chunks

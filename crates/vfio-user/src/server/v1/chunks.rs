@@ -3,8 +3,11 @@
 //!
 //! A chunk is what one call of [`Saver::read`] gave (V1-CHUNK). It is fetched from the saver by the read
 //! of `pending_bytes` that finds none, published in the data section by the read of `data_offset`, and
-//! forgotten by the read of `pending_bytes` after that (V1-PENDING). So `pending_bytes` is 0 when the
-//! saver has nothing, and never because of an estimate.
+//! forgotten by the read of `pending_bytes` after that (V1-PENDING).
+//!
+//! In STOP_COPY `pending_bytes` is 0 when the saver has nothing, and never because of an estimate. In
+//! PRE_COPY it also tells what only comes after the stop, which a user could not know of otherwise: a
+//! saver that has that alone gives a chunk of 0 bytes for now (V1-HOLLOW).
 //!
 //! Which task may come in which state was checked on the device thread.
 
@@ -97,14 +100,14 @@ impl Chunk {
             let buffer = room(&mut self.buffer, size)?;
             self.staged = saver.read(buffer)?.min(size);
         }
-        if self.staged == 0 {
-            return Ok(0);
-        }
-        let left = if stopped {
-            saver.stop_copy_size()
-        } else {
+        let left = if !stopped {
             let info = saver.precopy_info();
-            info.initial_bytes.saturating_add(info.dirty_bytes)
+            // Some count in what they have for after the stop what is still to come before it.
+            info.initial_bytes.saturating_add(info.dirty_bytes).max(saver.stop_copy_size())
+        } else if self.staged == 0 {
+            0
+        } else {
+            saver.stop_copy_size()
         };
         Ok(left.saturating_add(self.staged as u64))
     }

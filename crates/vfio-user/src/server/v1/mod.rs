@@ -19,44 +19,16 @@ pub(super) use access::Round;
 pub(super) use chunks::{Chunk, Task};
 
 use crate::codec::RegionAccess;
-use crate::{Description, MigrationSupport, V1Mapping, V1Section};
+use crate::section::PAGE;
+use crate::{Description, DescriptionError, V1Section};
+use airlift_core::Errno;
 use airlift_core::v1::{DATA_OFFSET, DATA_SIZE, DEVICE_STATE, INFO_SIZE, PENDING_BYTES, RESERVED};
-use airlift_core::{Errno, MigrationFlags};
-use airlift_memory::{Access, Mapping, MemoryError, SharedMemory};
+use airlift_memory::{Access, Mapping, SharedMemory};
+use std::io;
 use std::os::fd::BorrowedFd;
 
 /// The first index that is not one of VFIO's own regions of a PCI device.
 const FIRST_FREE: u32 = 9;
-/// What can be mapped begins and ends at multiples of this.
-const PAGE: u64 = 4096;
-/// Most bytes of a data section.
-const MAX_SECTION: u64 = 1 << 30;
-/// Most areas of one that clients may map.
-const MAX_AREAS: usize = 4096;
-
-/// Why a device cannot be served over interface v1.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum V1Error {
-    #[error("a data section of {0} bytes: give it 1 byte to 1 GiB")]
-    Size(u64),
-    #[error("{0} areas of the data section: at most {MAX_AREAS} can be mapped")]
-    Areas(usize),
-    #[error(
-        "the area of {length} bytes at {offset:#x} is empty, not made of whole pages of 4096 bytes, or not in the data section"
-    )]
-    Area { offset: u64, length: u64 },
-    #[error("the areas at {first:#x} and {second:#x} of the data section overlap")]
-    Overlap { first: u64, second: u64 },
-    #[error("the flags are {0:?}: interface v1 has STOP_COPY and PRE_COPY, and no P2P")]
-    Flags(MigrationFlags),
-    #[error("no number is left for the migration region")]
-    Index,
-    #[error("the memory of the data section cannot be made: {0}")]
-    Memory(#[from] std::io::Error),
-    #[error("the memory of the data section cannot be mapped: {0}")]
-    Map(#[from] MemoryError),
-}
-
 /// What an access is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
@@ -84,26 +56,25 @@ pub(super) struct V1Region {
 }
 
 impl V1Region {
-    /// The region of a device that is described so; `None` for one of interface v2.
-    pub(super) fn of(description: &Description, support: &MigrationSupport) -> Result<Option<Self>, V1Error> {
-        let crate::MigrationInterface::V1(section) = &support.interface else { return Ok(None) };
-        let precopy = MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY;
-        if support.flags != precopy {
-            return Err(V1Error::Flags(support.flags));
-        }
-        if section.size == 0 || section.size > MAX_SECTION {
-            return Err(V1Error::Size(section.size));
-        }
-        let parts = parts(section)?;
+    /// The region with this section of a device that is described so.
+    ///
+    /// An error of kind `InvalidInput` holds a [`DescriptionError`]; others are of the system, which gives
+    /// no memory.
+    pub(super) fn of(description: &Description, section: &V1Section) -> io::Result<Self> {
+        let parts = section.parts().map_err(DescriptionError::from)?;
         let start = if parts.is_empty() { INFO_SIZE } else { PAGE };
         let areas = parts.into_iter().map(|(offset, length)| (start + offset, length)).collect();
         let taken = |index: &u32| description.regions.iter().any(|r| r.index == *index);
         // The last number is none: a device has one region more than it.
-        let index = (FIRST_FREE..u32::MAX).find(|index| !taken(index)).ok_or(V1Error::Index)?;
+        let index = (FIRST_FREE..u32::MAX).find(|index| !taken(index)).ok_or(DescriptionError::Index)?;
         let size = start + section.size;
-        let file = SharedMemory::create("vfio-migration", size.next_multiple_of(PAGE))?;
-        let memory = file.map(0, file.size(), Access::ReadWrite)?;
-        Ok(Some(Self { index, section: section.clone(), start, areas, file, memory }))
+        let file = SharedMemory::create("vfio-migration", size.next_multiple_of(PAGE)).map_err(|error| {
+            io::Error::new(error.kind(), format!("the memory of the data section cannot be made: {error}"))
+        })?;
+        let memory = file.map(0, file.size(), Access::ReadWrite).map_err(|error| {
+            io::Error::other(format!("the memory of the data section cannot be mapped: {error}"))
+        })?;
+        Ok(Self { index, section: section.clone(), start, areas, file, memory })
     }
 
     /// Its size in bytes.
@@ -146,46 +117,14 @@ impl V1Region {
     }
 }
 
-/// What of a data section may be mapped, checked: `(offset, length)` from its start.
-fn parts(section: &V1Section) -> Result<Vec<(u64, u64)>, V1Error> {
-    let list = match &section.mapping {
-        V1Mapping::Trapped => return Ok(Vec::new()),
-        V1Mapping::Mapped => {
-            let whole = section.size - section.size % PAGE;
-            return Ok(if whole == 0 { Vec::new() } else { vec![(0, whole)] });
-        }
-        V1Mapping::Sparse(list) => list,
-    };
-    if list.len() > MAX_AREAS {
-        return Err(V1Error::Areas(list.len()));
-    }
-    for &(offset, length) in list {
-        let inside = offset.checked_add(length).is_some_and(|end| end <= section.size);
-        if length == 0 || !inside || !offset.is_multiple_of(PAGE) || !length.is_multiple_of(PAGE) {
-            return Err(V1Error::Area { offset, length });
-        }
-    }
-    let mut sorted = list.clone();
-    sorted.sort_unstable();
-    for pair in sorted.windows(2) {
-        if let &[(first, length), (second, _)] = pair
-            && first + length > second
-        {
-            return Err(V1Error::Overlap { first, second });
-        }
-    }
-    // As the device gave them: areas have no order (V1-AREAS).
-    Ok(list.clone())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{MigrationInterface, RegionDescription};
+    use crate::{RegionDescription, V1Mapping};
     use airlift_core::v1::bits::{bits_of, effects};
     use airlift_core::{Capabilities, StateFormat, arcs, path};
 
-    fn region(size: u64, mapping: V1Mapping, regions: &[u32]) -> Result<V1Region, V1Error> {
+    fn region(size: u64, mapping: V1Mapping, regions: &[u32]) -> V1Region {
         let region =
             |&index| RegionDescription { index, size: 16, readable: true, writable: true, mapping: None };
         let description = Description {
@@ -196,20 +135,14 @@ mod tests {
             format: StateFormat { name: String::new(), version: 0, accepts: vec![], interfaces: vec![] },
         };
         let section = V1Section { size, mapping, whole_transactions: false };
-        let support = MigrationSupport {
-            interface: MigrationInterface::V1(section),
-            flags: MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY,
-            dma_logging: false,
-            reinit: false,
-        };
-        V1Region::of(&description, &support).map(Option::unwrap)
+        V1Region::of(&description, &section).unwrap()
     }
 
     // V1-REGION
     #[test]
     fn the_section_begins_at_a_page_where_a_part_of_it_is_mapped() {
         let laid = |size, mapping| {
-            let region = region(size, mapping, &[0, 9, 10]).unwrap();
+            let region = region(size, mapping, &[0, 9, 10]);
             assert_eq!(region.index, 11);
             assert_eq!(region.fd().is_some(), !region.areas.is_empty());
             (region.start, region.size(), region.areas)
@@ -222,27 +155,11 @@ mod tests {
         assert_eq!(laid(1, V1Mapping::Sparse(vec![])), (32, 33, vec![]));
     }
 
-    // V1-REGION, V1-AREAS
-    #[test]
-    fn sections_that_cannot_be_are_refused() {
-        for size in [0, MAX_SECTION + 1, u64::MAX] {
-            assert!(matches!(region(size, V1Mapping::Trapped, &[]), Err(V1Error::Size(_))), "{size}");
-        }
-        for area in [(0, 0), (1, 4096), (0, 4097), (8192, 4096), (4096, u64::MAX - 4095)] {
-            let refused = region(8192, V1Mapping::Sparse(vec![area]), &[]);
-            assert!(matches!(refused, Err(V1Error::Area { .. })), "{area:?}");
-        }
-        let overlap = region(16_384, V1Mapping::Sparse(vec![(4096, 8192), (0, 8192)]), &[]);
-        assert!(matches!(overlap, Err(V1Error::Overlap { first: 0, second: 4096 })));
-        let many = vec![(0, 4096); MAX_AREAS + 1];
-        assert!(matches!(region(16_384, V1Mapping::Sparse(many), &[]), Err(V1Error::Areas(_))));
-    }
-
     // V1-FIELDS, V1-BOUNDS
     #[test]
     fn only_whole_fields_and_data_in_the_section_can_be_accessed() {
         for mapping in [V1Mapping::Trapped, V1Mapping::Mapped] {
-            let region = region(8192, mapping, &[]).unwrap();
+            let region = region(8192, mapping, &[]);
             let place = |offset, count| region.place(&RegionAccess { offset, region: 9, count }).ok();
             let fields = [(0, 4), (4, 4), (8, 8), (16, 8), (24, 8)];
             for offset in 0..region.start {
