@@ -25,6 +25,7 @@ mod journal;
 pub mod link;
 pub mod machine;
 mod memory;
+mod meter;
 mod options;
 mod report;
 pub mod set;

@@ -401,6 +401,21 @@ fn a_stuck_device_is_given_up_by_name_and_makes_no_further_arc() {
     assert_eq!(arcs, [DeviceState::PreCopy, DeviceState::PreCopyP2p], "it went on after it was given up");
 }
 
+// V1-RESET, V2-STALE
+#[test]
+fn a_device_that_has_reset_itself_after_the_stop_is_not_taken_for_one_that_came_back() {
+    let (good, forgetful) = (Fake::new("good"), Fake::new("forgetful"));
+    let (sink, _frames) = sink();
+    let saving = set(&[&good, &forgetful]).start_saving(&sink, LONG).unwrap();
+    let (stopped, _) = saving.quiesce(Quiesce::default(), LONG).unwrap();
+    forgetful.core.lock().unwrap().state = DeviceState::Running;
+    let back = stopped.roll_back(ResetPolicy::Never, LONG);
+    assert!(back.fates.iter().all(|end| end.fate == Fate::Running), "{:?}", back.fates);
+    // The machine is told by this, and the report says it.
+    assert_eq!(back.fates.iter().map(|end| end.was_reset).collect::<Vec<_>>(), [false, true]);
+    assert!(back.set.reports()[1].was_reset);
+}
+
 // I9
 #[test]
 fn a_device_that_can_neither_go_on_nor_be_reset_is_given_up_and_the_others_run() {

@@ -56,6 +56,38 @@ fn a_device_without_any_state_moves() {
     assert_eq!((there.loaded(), there.state_now()), (Vec::new(), DeviceState::Running));
 }
 
+#[test]
+fn what_a_device_had_not_said_before_the_stop_is_named_when_it_made_the_downtime_too_long() {
+    let here = Region::new(4 << 20).with(Vec::new(), vec![bytes(1, 3 << 20)]);
+    let there = Region::new(4 << 20);
+    there.make_slow(Duration::from_millis(200));
+    let mut sides = Sides::new();
+    sides.source.downtime_limit = Duration::from_millis(100);
+    let reports = migrate(sides, &here, &there);
+    assert_completed(&reports);
+    let notes = reports.0.notes.join("; ");
+    assert!(notes.contains("nic0: gave 3145728 bytes after the stop and had said 0 before it"), "{notes}");
+}
+
+#[test]
+fn a_device_that_is_slower_than_the_connections_is_not_stopped_with_more_than_it_can_give_in_time() {
+    // 8 MiB in 5 ms for each 64 KiB: a quarter of a second has less than 3.2 MiB.
+    let chunks: Vec<_> = (0..128).map(|seed| bytes(seed, 64 << 10)).collect();
+    for slow_source in [true, false] {
+        let here = Region::new(64 << 10).with(chunks.clone(), Vec::new());
+        let there = Region::new(64 << 10);
+        let slow = if slow_source { &here } else { &there };
+        slow.make_slow(Duration::from_millis(5));
+        let mut sides = Sides::new();
+        sides.source.downtime_limit = Duration::from_millis(250);
+        let reports = migrate(sides, &here, &there);
+        assert_completed(&reports);
+        assert!(there.loaded() == chunks.concat());
+        let late = reports.0.devices[0].stop_copy_bytes;
+        assert!(late < 4 << 20, "{late} bytes were left for the stop; slow source: {slow_source}");
+    }
+}
+
 /// A migration of transactions that are far larger than what the receiver may hold.
 fn large(precopy: Vec<Vec<u8>>, stopped: Vec<Vec<u8>>, slow: Duration) {
     const BUDGET: u64 = 256 << 10;

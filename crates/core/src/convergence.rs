@@ -3,7 +3,7 @@
 //! No clock and no I/O: a round's figures come in, a [`Decision`] comes out. The figures are
 //! estimates of others; what is checked here is only whether they get better.
 
-use crate::estimate::{DowntimeEstimate, transfer_time};
+use crate::estimate::DowntimeEstimate;
 use crate::{DeviceId, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -42,6 +42,8 @@ pub struct DeviceLeft {
     pub id: DeviceId,
     /// Bytes that it still has, of all kinds.
     pub bytes: u64,
+    /// Bytes a second at which the slower of its two ends gives or takes them; `None` when not known.
+    pub rate: Option<u64>,
     /// Its initial data has been loaded and acknowledged for the generation it is in now, or it has
     /// none (V2-INITIAL, V2-REINIT).
     pub acknowledged: bool,
@@ -130,8 +132,12 @@ impl fmt::Display for StallCause {
                 "the guest dirties {dirty_rate} bytes of memory a second, and {bandwidth} bytes a second are sent"
             ),
             Self::DeviceData { devices, bandwidth } => {
-                let each: Vec<_> = devices.iter().map(|d| format!("{} {} bytes", d.id, d.bytes)).collect();
-                write!(f, "device state left to send at {bandwidth} bytes a second: {}", each.join(", "))
+                let each = |d: &DeviceLeft| match d.rate.filter(|rate| rate < bandwidth) {
+                    Some(rate) => format!("{} {} bytes, at {rate} a second by itself", d.id, d.bytes),
+                    None => format!("{} {} bytes", d.id, d.bytes),
+                };
+                let each: Vec<_> = devices.iter().map(each).collect();
+                write!(f, "device state left to send at {bandwidth} bytes a second: {}", each.join("; "))
             }
             Self::NoProgress { remaining, fewest } => {
                 write!(f, "{remaining} bytes are left and they do not become fewer than {fewest}")
@@ -232,8 +238,7 @@ impl Convergence {
             return StallCause::InitialData { devices: waiting };
         }
         let Some(bandwidth) = round.bandwidth.filter(|b| *b > 0) else { return StallCause::NoBandwidth };
-        let device_bytes = round.devices.iter().fold(0_u64, |sum, d| sum.saturating_add(d.bytes));
-        let for_devices = transfer_time(device_bytes, Some(bandwidth)).unwrap_or(Duration::MAX);
+        let for_devices = round.estimate.device_data.unwrap_or(Duration::MAX);
         if for_devices > limit.saturating_sub(time) {
             if !waiting.is_empty() {
                 return StallCause::InitialData { devices: waiting };

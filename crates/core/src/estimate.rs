@@ -3,8 +3,9 @@
 //! The model adds the terms of the critical path: devices become quiet and stop (the slowest, they
 //! do so in parallel), the final dirty sync, all bytes that are left over the bandwidth there is,
 //! the slowest device's load, restoring configuration, starting, and round trips. Memory and device
-//! state share the connections, so their bytes are added. A model of bytes alone is wrong for
-//! devices: loading is not free.
+//! state share the connections, so their bytes are added; a device that gives or takes its state slower
+//! than the connections carry it makes the transfer as long as its own. A model of bytes alone is wrong
+//! for devices: loading is not free.
 //!
 //! All of it is estimates. Nothing here measures; the terms come from what the caller has seen.
 
@@ -23,6 +24,9 @@ pub struct DeviceTerms {
     pub initial_bytes: u64,
     /// Bytes of pre-copy data that have changed.
     pub dirty_bytes: u64,
+    /// Bytes a second at which the slower of its two ends gives or takes its state; `None` when that is
+    /// not known, and then the connections alone count.
+    pub rate: Option<u64>,
     /// Time from the running state to STOP_COPY, where it is known.
     pub quiesce: Duration,
     /// Time of RESUMING -> STOP on the destination, where it is known.
@@ -65,7 +69,8 @@ pub struct DowntimeEstimate {
     pub final_dirty_sync: Duration,
     /// Sending what is left of memory; `None` when the bandwidth is unknown or 0.
     pub memory: Option<Duration>,
-    /// Sending what is left of device state; `None` when the bandwidth is unknown or 0.
+    /// Sending what is left of device state, as far as it is not sent beside memory; `None` when the
+    /// bandwidth is unknown or 0.
     pub device_data: Option<Duration>,
     /// The slowest device's load.
     pub load: Duration,
@@ -83,11 +88,19 @@ impl DowntimeEstimate {
             inputs.devices.iter().map(term).max().unwrap_or(Duration::ZERO)
         };
         let device_bytes = inputs.devices.iter().fold(0_u64, |sum, d| sum.saturating_add(d.bytes()));
+        let memory = transfer_time(inputs.memory_dirty_bytes, inputs.bandwidth);
+        let carried = transfer_time(device_bytes, inputs.bandwidth);
+        // The slowest by itself; what it takes while memory is sent is in the term of memory.
+        let by_itself = |d: &DeviceTerms| {
+            d.rate.and_then(|rate| transfer_time(d.bytes(), Some(rate.max(1)))).unwrap_or_default()
+        };
+        let slowest = inputs.devices.iter().map(by_itself).max().unwrap_or_default();
+        let beside = slowest.saturating_sub(memory.unwrap_or_default());
         Self {
             quiesce: longest(|d| d.quiesce),
             final_dirty_sync: inputs.final_dirty_sync,
-            memory: transfer_time(inputs.memory_dirty_bytes, inputs.bandwidth),
-            device_data: transfer_time(device_bytes, inputs.bandwidth),
+            memory,
+            device_data: carried.map(|carried| carried.max(beside)),
             load: longest(|d| d.load),
             fixed: inputs.fixed,
             round_trips: inputs.round_trip.saturating_mul(inputs.round_trips),

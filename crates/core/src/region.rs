@@ -33,6 +33,12 @@ pub trait RegionAccess: Send + 'static {
     /// never compulsory.
     fn mapped(&self) -> &[RegionArea];
 
+    /// Whether the device declares areas of it as mappable, whether or not they could be mapped here. What
+    /// it lays out by pages for that is laid out so in any case.
+    fn is_mappable(&self) -> bool {
+        !self.mapped().is_empty()
+    }
+
     /// Reads `buf` through the transport, mapped or not. 1, 2, 4 or 8 bytes at a multiple of their
     /// number are one access of that width; anything longer is cut into accesses as large as the
     /// transport takes.

@@ -34,6 +34,9 @@ pub enum DeviceState {
 }
 
 impl DeviceState {
+    /// Stands where a state could not be read: no interface has this number.
+    pub const UNREAD: Self = Self::Unknown(u32::MAX);
+
     /// The eight states that the interface defines, by value.
     pub const ALL: [Self; 8] = [
         Self::Error,
@@ -108,6 +111,7 @@ impl fmt::Display for DeviceState {
             Self::RunningP2p => "RUNNING_P2P",
             Self::PreCopy => "PRE_COPY",
             Self::PreCopyP2p => "PRE_COPY_P2P",
+            Self::Unknown(u32::MAX) => "a state that cannot be read",
             Self::Unknown(raw) => return write!(f, "unknown state {raw}"),
         })
     }
@@ -134,6 +138,17 @@ pub enum Interface {
     V1,
     /// The state machine of Linux 5.18 and later.
     V2,
+}
+
+impl Interface {
+    /// The request for another state in the interface's words: the operation of errors about it.
+    #[must_use]
+    pub const fn set_state(self) -> &'static str {
+        match self {
+            Self::V1 => "write of device_state",
+            Self::V2 => "SET MIG_DEVICE_STATE",
+        }
+    }
 }
 
 impl fmt::Display for Interface {

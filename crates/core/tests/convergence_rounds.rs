@@ -23,15 +23,19 @@ fn id() -> DeviceId {
 
 /// A round that leaves these bytes of memory and of one device.
 fn round(memory: u64, device: u64, acknowledged: bool) -> Round {
-    let terms = DeviceTerms {
+    with_terms(memory, &device_terms(device), acknowledged)
+}
+
+fn device_terms(bytes: u64) -> DeviceTerms {
+    DeviceTerms {
         id: id(),
-        stop_copy_bytes: device,
+        stop_copy_bytes: bytes,
         initial_bytes: 0,
         dirty_bytes: 0,
+        rate: None,
         quiesce: Duration::ZERO,
         load: Duration::ZERO,
-    };
-    with_terms(memory, &terms, acknowledged)
+    }
 }
 
 fn with_terms(memory: u64, terms: &DeviceTerms, acknowledged: bool) -> Round {
@@ -44,7 +48,7 @@ fn with_terms(memory: u64, terms: &DeviceTerms, acknowledged: bool) -> Round {
     Round {
         now: Timestamp::default(),
         memory_bytes: memory,
-        devices: vec![DeviceLeft { id: id(), bytes: terms.bytes(), acknowledged }],
+        devices: vec![DeviceLeft { id: id(), bytes: terms.bytes(), rate: terms.rate, acknowledged }],
         estimate: DowntimeEstimate::new(&inputs),
         bandwidth: Some(BANDWIDTH),
         memory_dirty_rate: Some(BANDWIDTH / 10),
@@ -154,18 +158,18 @@ fn causes_are_named_with_their_figures() {
     let StallCause::DeviceData { devices, bandwidth } = cause(&device) else { panic!() };
     assert_eq!((devices[0].bytes, bandwidth), (2 * FITS, BANDWIDTH));
 
+    // By a device that is slower than the connections, and its rate is named.
+    let mut terms = device_terms(FITS / 2);
+    terms.rate = Some(BANDWIDTH / 4);
+    let slow = cause(&with_terms(0, &terms, true));
+    assert!(matches!(slow, StallCause::DeviceData { .. }), "{slow:?}");
+    assert!(slow.to_string().contains("at 250000000 a second by itself"), "{slow}");
+
     // Data that still is on its way is the initial data that nobody has acknowledged.
     let initial = round(0, 2 * FITS, false);
     assert_eq!(cause(&initial), StallCause::InitialData { devices: vec![id()] });
 
-    let mut terms = DeviceTerms {
-        id: id(),
-        stop_copy_bytes: 0,
-        initial_bytes: 0,
-        dirty_bytes: 0,
-        quiesce: Duration::ZERO,
-        load: 2 * LIMIT,
-    };
+    let mut terms = DeviceTerms { load: 2 * LIMIT, ..device_terms(0) };
     let slow_load = with_terms(0, &terms, true);
     assert_eq!(cause(&slow_load), StallCause::FixedTerms { time: 2 * LIMIT, limit: LIMIT });
     // A load that leaves room for few bytes makes device data the cause, not memory.

@@ -13,6 +13,7 @@ fn device(name: &str, bytes: u64, quiesce: u64, load: u64) -> DeviceTerms {
         stop_copy_bytes: bytes,
         initial_bytes: 0,
         dirty_bytes: 0,
+        rate: None,
         quiesce: MS(quiesce),
         load: MS(load),
     }
@@ -48,6 +49,23 @@ fn what_pre_copy_has_left_counts_as_device_bytes() {
     inputs.devices[0].initial_bytes = 100_000_000;
     inputs.devices[1].dirty_bytes = 50_000_000;
     assert_eq!(DowntimeEstimate::new(&inputs).device_data, Some(MS(200)));
+}
+
+#[test]
+fn a_device_that_is_slower_than_the_connections_makes_the_transfer_as_long_as_its_own() {
+    let mut inputs = inputs();
+    // 20 MB at 100 MB/s are 200 ms, of which 50 pass while memory is sent.
+    inputs.devices[0].rate = Some(100_000_000);
+    let estimate = DowntimeEstimate::new(&inputs);
+    assert_eq!((estimate.memory, estimate.device_data), (Some(MS(50)), Some(MS(150))));
+    // One that is faster than them changes nothing, and neither does one that has nothing left.
+    inputs.devices[0].rate = Some(2_000_000_000);
+    inputs.devices[1].rate = Some(2_000_000_000);
+    assert_eq!(DowntimeEstimate::new(&inputs).device_data, Some(MS(50)));
+    inputs.devices[0] = DeviceTerms { rate: Some(0), ..device("a", 0, 0, 0) };
+    assert_eq!(DowntimeEstimate::new(&inputs).device_data, Some(MS(30)));
+    inputs.devices[0].dirty_bytes = 1;
+    assert!(!DowntimeEstimate::new(&inputs).fits(Duration::from_secs(0)), "it takes nothing");
 }
 
 #[test]

@@ -6,9 +6,10 @@
 mod v1_common;
 
 use airlift_core::region::{read_data, read_u32, read_u64, write_u32};
-use airlift_core::v1::{DATA_OFFSET, DATA_SIZE, DEVICE_STATE, PENDING_BYTES};
+use airlift_core::v1::{DATA_OFFSET, DATA_SIZE, DEVICE_STATE, PENDING_BYTES, V1Device};
 use airlift_core::{
-    Chunk, DeviceErrorKind, DeviceState, Errno, MigrationDevice, Piece, RegionAccess, SaveSession,
+    Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Errno, MigrationDevice,
+    Piece, RegionAccess, RegionArea, SaveSession,
 };
 use airlift_testkit::v1::{
     Access, Double, DoubleOptions, DoubleRegion, Failed, Fault, Layout, PAGE, Plan, Wrong, bytes, load, save,
@@ -396,4 +397,48 @@ fn a_chunk_may_be_anywhere_in_the_section() {
     assert_eq!(there.loaded(), Some(plan.data()));
     assert_clean(&device);
     assert_clean(&there);
+}
+
+/// A region of which nothing could be mapped here.
+#[derive(Debug)]
+struct Unmapped(DoubleRegion);
+
+impl RegionAccess for Unmapped {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn mapped(&self) -> &[RegionArea] {
+        &[]
+    }
+    fn is_mappable(&self) -> bool {
+        self.0.is_mappable()
+    }
+    fn read_trapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        self.0.read_trapped(offset, buf)
+    }
+    fn write_trapped(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.0.write_trapped(offset, data)
+    }
+    fn read_mapped(&mut self, _: u64, _: &mut [u8]) -> Result<(), DeviceError> {
+        unreachable!("nothing is mapped")
+    }
+    fn write_mapped(&mut self, _: u64, _: &[u8]) -> Result<(), DeviceError> {
+        unreachable!("nothing is mapped")
+    }
+}
+
+// V1-MMAP, V1-WHOLE
+#[test]
+fn a_mapping_that_fails_changes_nothing_of_what_the_device_is() {
+    let plan = Plan::new(chunks(3), 1);
+    for layout in Layout::ALL {
+        let device = Double::new(DoubleOptions::new(layout, 3 * PAGE).with(plan.clone()));
+        let mapped = device.device("nic").unwrap();
+        let id = DeviceId::new("nic").unwrap();
+        let mut unmapped =
+            V1Device::new(id, DeviceIdentity::default(), Unmapped(device.region()), device.control())
+                .unwrap();
+        assert_eq!(unmapped.capabilities(), mapped.capabilities(), "{layout:?}");
+        assert_eq!(save(&mut unmapped, true, 1000).unwrap(), plan.chunks, "{layout:?}");
+    }
 }

@@ -10,7 +10,7 @@ use airlift_core::v1::REGION_TYPE;
 use airlift_core::{DeviceError, DeviceIdentity, Errno, MigrationFlags};
 use std::collections::BTreeMap;
 use std::path::Path;
-use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS};
 
 /// Most interrupt indexes that a device may state.
 const MAX_IRQS: u32 = 128;
@@ -42,7 +42,11 @@ fn hardware(fd: &DeviceFd, facts: &mut BTreeMap<String, String>) -> Result<Optio
         let message = format!("{} regions and {} interrupt indexes", info.regions, info.irqs);
         return Err(crate::error::protocol("VFIO_DEVICE_GET_INFO", message));
     }
-    let (mut count, mut config) = (info.regions, None);
+    // Numbers behind the last region that is one come and go with the interface.
+    let (mut count, mut config) = (0, None);
+    if info.flags.contains(DeviceFlags::PCI) {
+        count = VFIO_PCI_NUM_REGIONS;
+    }
     for index in 0..info.regions {
         let region = match fd.region(index) {
             Ok(region) => region,
@@ -51,12 +55,11 @@ fn hardware(fd: &DeviceFd, facts: &mut BTreeMap<String, String>) -> Result<Optio
             Err(error) => return Err(error),
         };
         if region.kind == Some(REGION_TYPE) {
-            // A last number that is only there for it adds none.
-            count -= u32::from(index + 1 == info.regions);
             continue;
         }
         if region.size > 0 {
             facts.insert(format!("region{index}-size"), region.size.to_string());
+            count = count.max(index + 1);
         }
         if index == VFIO_PCI_CONFIG_REGION_INDEX && info.flags.contains(DeviceFlags::PCI) {
             config = Some(region);

@@ -265,6 +265,10 @@ impl RegionAccess for KernelRegion {
         &self.areas
     }
 
+    fn is_mappable(&self) -> bool {
+        !self.info.mappable.is_empty()
+    }
+
     fn read_trapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         let at = self.place(offset, buf.len(), READ)?;
         let fd = self.fd.clone();

@@ -92,7 +92,7 @@ impl<D: Driver> States<D> {
         let from = match self.state() {
             Ok(from) => from,
             Err(error) => {
-                let from = DeviceState::Unknown(u32::MAX);
+                let from = DeviceState::UNREAD;
                 return Err(TransitionError { from, to: target, reached: Err(error.clone()), error });
             }
         };

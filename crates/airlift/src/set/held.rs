@@ -47,7 +47,7 @@ impl Idle {
         match walk(&mut *self.device, &ANYWHERE, to, recorder) {
             Ok(Some(Session::Save(session))) => Ok(Saving { device: self.device, session }),
             Ok(other) => {
-                let error = no_session(&other, to);
+                let error = no_session(&*self.device, &other, to);
                 Err(Box::new((self, error)))
             }
             Err(error) => Err(Box::new((self, error))),
@@ -59,7 +59,7 @@ impl Idle {
         match walk(&mut *self.device, &ANYWHERE, DeviceState::Resuming, recorder) {
             Ok(Some(Session::Load(session))) => Ok(Loading { device: self.device, session }),
             Ok(other) => {
-                let error = no_session(&other, DeviceState::Resuming);
+                let error = no_session(&*self.device, &other, DeviceState::Resuming);
                 Err(Box::new((self, error)))
             }
             Err(error) => Err(Box::new((self, error))),
@@ -121,11 +121,12 @@ fn walk(
     recorder: &Recorder,
 ) -> Result<Option<Session>, TransitionError> {
     let from = device.state().map_err(|error| TransitionError {
-        from: DeviceState::Unknown(u32::MAX),
+        from: DeviceState::UNREAD,
         to,
         reached: Err(error.clone()),
         error,
     })?;
+    let request = device.capabilities().interface.set_state();
     let refused = |kind, operation: &str, message| TransitionError {
         from,
         to,
@@ -136,7 +137,7 @@ fn walk(
         let failed = from == DeviceState::Error;
         let why = if failed { "it has failed under its session" } else { expected.otherwise };
         let message = format!("the device is in {from}: {why}");
-        return Err(refused(DeviceErrorKind::Lost, "SET MIG_DEVICE_STATE", message));
+        return Err(refused(DeviceErrorKind::Lost, request, message));
     }
     let arcs = path(from, to, &device.capabilities())
         .map_err(|refusal| refused(DeviceErrorKind::Misuse, "plan arcs", refusal.to_string()))?;
@@ -145,7 +146,7 @@ fn walk(
         if recorder.is_abandoned() {
             // Nobody waits for this device any more, and what was decided since may forbid the arc.
             let why = "the device was given up while it was busy";
-            let error = DeviceError::new(DeviceErrorKind::Interrupted, "SET MIG_DEVICE_STATE", why);
+            let error = DeviceError::new(DeviceErrorKind::Interrupted, request, why);
             return Err(TransitionError { from: arc.from, to: arc.to, reached: Ok(arc.from), error });
         }
         let begun = recorder.now();
@@ -158,7 +159,7 @@ fn walk(
                 }
             }
             Err(error) => {
-                let reached = error.reached.clone().unwrap_or(DeviceState::Unknown(u32::MAX));
+                let reached = error.reached.clone().unwrap_or(DeviceState::UNREAD);
                 recorder.arc(device.id(), arc.from, reached, begun);
                 return Err(error);
             }
@@ -167,7 +168,7 @@ fn walk(
     Ok(opened)
 }
 
-fn no_session(got: &Option<Session>, to: DeviceState) -> TransitionError {
+fn no_session(device: &dyn MigrationDevice, got: &Option<Session>, to: DeviceState) -> TransitionError {
     let message = match got {
         None => "the arc opened no data session",
         Some(_) => "the arc opened a data session of the other direction",
@@ -176,6 +177,10 @@ fn no_session(got: &Option<Session>, to: DeviceState) -> TransitionError {
         from: to,
         to,
         reached: Ok(to),
-        error: DeviceError::new(DeviceErrorKind::Protocol, "SET MIG_DEVICE_STATE", message),
+        error: DeviceError::new(
+            DeviceErrorKind::Protocol,
+            device.capabilities().interface.set_state(),
+            message,
+        ),
     }
 }

@@ -7,9 +7,9 @@ use super::worker::{Answer, NoAnswer, Post, Worker};
 use crate::control::Gauges;
 use crate::event::Event;
 use airlift_core::{
-    Action, Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Errno,
-    Failure, Fate, MigrationDevice, Phase, PlanDevice, PlanRefusal, Recovered, ResetPolicy, ResumeDevice,
-    Rollback, Side, Stage, StageKind,
+    Action, Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Failure, Fate,
+    MigrationDevice, Phase, PlanDevice, PlanRefusal, Recovered, ResetPolicy, ResumeDevice, Rollback, Side,
+    Stage, StageKind,
 };
 use crossbeam_channel::{Receiver, unbounded};
 use std::sync::Arc;
@@ -69,9 +69,12 @@ impl SetError {
 }
 
 fn advice(fault: &StreamFault, side: Side) -> Option<&'static str> {
-    let (error, reached) = match fault {
-        StreamFault::Device(error) => (error, None),
-        StreamFault::Transition(error) => (&error.error, error.reached.as_ref().ok()),
+    let (error, reached, loaded) = match fault {
+        StreamFault::Device(error) => (error, None, false),
+        StreamFault::Transition(error) => {
+            let loaded = matches!(error.from, DeviceState::Stop | DeviceState::RunningP2p);
+            (&error.error, error.reached.as_ref().ok(), loaded)
+        }
         StreamFault::Closed(_) | StreamFault::Stream(_) => return None,
     };
     match (&error.kind, side) {
@@ -84,8 +87,14 @@ fn advice(fault: &StreamFault, side: Side) -> Option<&'static str> {
         (DeviceErrorKind::TimedOut, _) => {
             Some("the device did not answer in time; a longer deadline can be set if it is only slow")
         }
-        (DeviceErrorKind::Refused, Side::Destination) if error.errno == Some(Errno::EINVAL) => {
-            Some("the device refused the state: compare its size, type and version with the source's device")
+        (DeviceErrorKind::Refused, Side::Destination) if loaded => Some(
+            "the device took the state in and does not run with it: look at the log of the device's server or driver",
+        ),
+        (DeviceErrorKind::Refused, Side::Destination) => Some(
+            "the device refused the state: compare its size, type and version with the source's device, and look at the log of its server or driver",
+        ),
+        (DeviceErrorKind::Refused, Side::Source) => {
+            Some("the device refused what it was asked: look at the log of its server or driver")
         }
         _ => None,
     }
@@ -426,17 +435,24 @@ impl Members {
         let found = self.ask(&everyone, deadline, |_| {
             |post: &mut Post| {
                 post.close_session();
-                post.state()
+                let found = post.device()?.state()?;
+                let by_itself = post.was_reset_under_us(found);
+                post.note(found);
+                Ok((found, by_itself))
             }
         });
         self.forget_way();
+        let mut by_itself = vec![false; self.len()];
         let devices = found
             .into_iter()
             .map(|(index, answer)| ResumeDevice {
                 id: self.ids[index].clone(),
                 capabilities: self.capabilities[index],
                 ran_before: self.ran_before[index],
-                found: answer.and_then(|r| r),
+                found: answer.and_then(|r| r).map(|(state, was_reset)| {
+                    by_itself[index] = was_reset;
+                    state
+                }),
             })
             .collect();
         let mut rollback = Rollback::new(devices, policy);
@@ -455,8 +471,10 @@ impl Members {
                 rollback.report(&self.ids[index], answer.and_then(|r| r));
             }
         }
-        let recovered = rollback.finish();
-        for (index, end) in recovered.iter().enumerate() {
+        let mut recovered = rollback.finish();
+        for (index, end) in recovered.iter_mut().enumerate() {
+            // What the guest saw of it is lost, whoever has reset it.
+            end.was_reset |= by_itself[index];
             self.was_reset[index] |= end.was_reset;
             if let Fate::Quarantined { reason } = &end.fate {
                 self.note_quarantine(index, DeviceErrorKind::Refused, reason);
@@ -509,7 +527,7 @@ fn reset(post: &mut Post) -> Result<(), DeviceError> {
     let begun = post.recorder.now();
     let recorder = post.recorder.clone();
     let device = post.device()?;
-    let from = device.state().unwrap_or(DeviceState::Unknown(u32::MAX));
+    let from = device.state().unwrap_or(DeviceState::UNREAD);
     device.reset()?;
     let to = device.state()?;
     recorder.arc(device.id(), from, to, begun);

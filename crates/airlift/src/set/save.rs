@@ -12,6 +12,7 @@ use super::recorder::Recorder;
 use super::sink::{ChunkSink, SinkClosed, StreamFault};
 use super::trace;
 use crate::control::DeviceGauges;
+use crate::meter::Meter;
 use airlift_core::{
     Chunk, DeviceError, DeviceErrorKind, DeviceId, DeviceState, Interface, MigrationDevice, Piece,
     PrecopyInfo, Timestamp,
@@ -61,6 +62,9 @@ pub struct SaveStatus {
     pub drained: bool,
     /// A transaction was begun in PRE_COPY and not sent to its end.
     pub mid_transaction: bool,
+    /// Bytes a second that the device gives in PRE_COPY, by the time that its reads take; `None` before
+    /// they have taken 50 ms.
+    pub read_rate: Option<u64>,
 }
 
 impl SaveStatus {
@@ -109,6 +113,8 @@ pub(super) struct SaveStream {
     stopped: Stopped,
     reinit_pending: bool,
     looked: Timestamp,
+    /// The device's reads in PRE_COPY.
+    reads: Meter,
     status: Arc<Mutex<SaveStatus>>,
     gauges: Arc<crate::control::Gauges>,
 }
@@ -149,6 +155,7 @@ impl SaveStream {
             stopped: Stopped::No,
             reinit_pending: false,
             looked: Timestamp::default(),
+            reads: Meter::default(),
             status,
             gauges,
         }
@@ -222,12 +229,13 @@ impl SaveStream {
     /// A piece of `len` bytes was sent in PRE_COPY. Between two looks at the device the counts are
     /// carried on.
     fn count_precopy(&self, len: u64) {
-        let mid_transaction = self.is_mid_transaction();
+        let (mid_transaction, read_rate) = (self.is_mid_transaction(), self.reads.rate());
         let mut left = [0; 2];
         self.update(|status| {
             status.precopy_bytes += len;
             status.drained = false;
             status.mid_transaction = mid_transaction;
+            status.read_rate = read_rate;
             let initial = status.initial_left.unwrap_or(0);
             status.initial_left = status.initial_left.map(|left| left.saturating_sub(len));
             let rest = len.saturating_sub(initial);
@@ -328,8 +336,10 @@ impl Outgoing {
     fn read_running(&mut self, mut buffer: FrameBuf) -> Result<bool, StreamFault> {
         buffer.clear();
         let limit = PRECOPY_READ.min(buffer.capacity());
+        let begun = Instant::now();
         match self.saving.session.read(&mut buffer.payload_mut()[..limit])? {
             Piece::Data { len, chunk } => {
+                self.stream.reads.add(len as u64, begun.elapsed());
                 self.stream.send(buffer, len, chunk)?;
                 self.stream.count_precopy(len as u64);
                 Ok(true)
@@ -352,13 +362,17 @@ impl Outgoing {
     /// must not be changed before (V1-OUTSTANDING).
     fn finish_transaction(&mut self, patience: Duration) -> Result<(), StreamFault> {
         let until = Instant::now() + patience;
+        let mut room = true;
         while self.stream.is_mid_transaction() {
             if Instant::now() >= until {
-                let message = format!("the other side took no more of a transaction within {patience:?}");
+                let who = if room { "the device gave" } else { "the other side took" };
+                let message = format!("{who} no more of a transaction within {patience:?} (V1-OUTSTANDING)");
                 let kind = DeviceErrorKind::TimedOut;
                 return Err(StreamFault::Device(DeviceError::new(kind, "end of a transaction", message)));
             }
-            if let Some(buffer) = self.stream.buffer(DRAIN_WAIT)? {
+            let buffer = self.stream.buffer(DRAIN_WAIT)?;
+            room = buffer.is_some();
+            if let Some(buffer) = buffer {
                 self.read_running(buffer)?;
             }
         }

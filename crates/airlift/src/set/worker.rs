@@ -11,13 +11,14 @@ use super::recorder::Recorder;
 use super::save::{Outgoing, SaveStatus, SaveStream, Step};
 use super::sink::{SetEvent, StreamFault};
 use super::trace;
-use crate::control::Gauges;
+use crate::control::{DeviceGauges, Gauges};
 use crate::spawn::{Role, SpawnError};
 use airlift_core::{
     Capabilities, DeviceError, DeviceErrorKind, DeviceId, DeviceIdentity, DeviceState, Interrupter,
     MigrationDevice,
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, never, unbounded};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -61,10 +62,22 @@ impl Post {
         Ok(state)
     }
 
+    fn gauge(&self) -> Option<&DeviceGauges> {
+        self.gauges.devices.get(usize::try_from(self.index).ok()?)
+    }
+
     pub(super) fn note(&self, state: DeviceState) {
-        if let Some(gauge) = self.gauges.devices.get(usize::try_from(self.index).unwrap_or(usize::MAX)) {
-            gauge.state.store(state.to_raw(), std::sync::atomic::Ordering::Relaxed);
+        if let Some(gauge) = self.gauge() {
+            gauge.state.store(state.to_raw(), Ordering::Relaxed);
         }
+    }
+
+    /// Whether the device, found in this state, was reset without having been asked: it was stopped, or
+    /// quiet, when it was seen last, and nobody but itself can have let it run (V1-RESET, V2-STALE).
+    pub(super) fn was_reset_under_us(&self, found: DeviceState) -> bool {
+        let noted = self.gauge().map(|gauge| DeviceState::from_raw(gauge.state.load(Ordering::Relaxed)));
+        let ours = matches!(noted, Some(DeviceState::StopCopy | DeviceState::PreCopyP2p));
+        ours && found == DeviceState::Running
     }
 
     /// Ends whatever session there is and holds the bare device.

@@ -18,6 +18,8 @@ pub(super) struct Figures {
     pub(super) compatibility: Option<CompatReport>,
     pub(super) notes: Vec<String>,
     pub(super) rounds: u32,
+    /// By device: the bytes that it said to have left when the guest was to be stopped.
+    pub(super) announced: Vec<u64>,
     pub(super) memory: MemoryReport,
     /// The call to pause.
     pub(super) paused: Option<Timestamp>,

@@ -2,7 +2,8 @@
 //! downtime fits the limit and every generation of initial data is acknowledged.
 //!
 //! The estimate is made of what can be known while the guest runs: bytes left, the measured
-//! bandwidth ([`Pace`]), the last dirty sync, the round trip. A device that cannot say how much it has
+//! bandwidth ([`Pace`]), how fast each device gives and takes its state, the last dirty sync, the round
+//! trip. A device that cannot say how much it has
 //! before it is stopped is not in it, and the report says so.
 
 use super::pace::Pace;
@@ -34,6 +35,9 @@ const STALL_ROUNDS: u32 = 5;
 /// After so long without a byte sent and with no memory to send, nothing will be measured before the
 /// stop.
 const NOTHING_COMES: Duration = Duration::from_millis(500);
+
+/// After so long it is known how fast a device gives and takes its state, or it is not slow.
+const MEASURED: Duration = Duration::from_millis(500);
 
 /// How long to wait for the end of transactions before the devices are looked at again.
 const GLANCE: Duration = Duration::from_millis(1);
@@ -88,6 +92,11 @@ pub(super) fn run(
         let now = figures.now;
         let fits = figures.estimate.fits(session.options.downtime_limit)
             && figures.devices.iter().all(|d| d.acknowledged);
+        let early = now < deadline && now.since(known.begun) < MEASURED;
+        if early && is_unmeasured(&status, &moving) {
+            round += 1;
+            continue;
+        }
         if !fits && now < deadline && judged.is_some_and(|at| now.since(at) < JUDGE_EVERY) {
             round += 1;
             continue;
@@ -101,6 +110,7 @@ pub(super) fn run(
                         "the guest was stopped although the downtime limit is not met: {cause}"
                     ));
                 }
+                session.figures.announced = figures.devices.iter().map(|d| d.bytes).collect();
                 break;
             }
             Decision::Stalled { cause } => {
@@ -119,7 +129,7 @@ pub(super) fn run(
         round += 1;
     }
     session.figures.rounds = round + 1;
-    if !settle(session, &mut set) {
+    if !settle(session, &mut set, &moving) {
         return Err(Standing::Saving(set));
     }
     note_what_is_not_known(session, &set, &known, &moving);
@@ -130,7 +140,7 @@ pub(super) fn run(
 /// Waits until no device is in the middle of a transaction, while the guest still runs: the state of such
 /// a device must not be changed (V1-OUTSTANDING). What is left of them is in the estimate. `false`: the
 /// migration has failed.
-fn settle(session: &mut Session, set: &mut SavingSet) -> bool {
+fn settle(session: &mut Session, set: &mut SavingSet, moving: &Moving) -> bool {
     if let Err(error) = set.settle(session.options.deadlines.quiesce) {
         session.fail_set(Phase::Precopy, error);
         return false;
@@ -146,16 +156,33 @@ fn settle(session: &mut Session, set: &mut SavingSet) -> bool {
             Wake::Ordered => return false,
         }
         if !session.fallen() && session.now() >= until {
-            let message =
-                format!("the destination took no more of a device's transaction within {patience:?}");
-            session
-                .fail(Failure::new(Side::Source, Phase::Precopy, message).with_errno(Some(Errno::ETIMEDOUT)));
+            session.fail(unsettled(set, moving, patience));
         }
         if session.fallen() {
             return false;
         }
     }
     true
+}
+
+/// A device gives, or is to take, more than it has until now, and how fast it can is not known yet.
+fn is_unmeasured(status: &[SaveStatus], moving: &Moving) -> bool {
+    let gives = |s: &SaveStatus| s.generation > 0 && !s.drained && s.read_rate.is_none();
+    (0..).zip(status).any(|(device, s)| gives(s) || moving.sink.is_unmeasured(device))
+}
+
+/// The failure of a device that is still in the middle of a transaction.
+fn unsettled(set: &SavingSet, moving: &Moving, patience: Duration) -> Failure {
+    let status = set.status();
+    let open = (0..).zip(set.ids().iter().zip(&status)).find(|(_, (_, s))| s.mid_transaction);
+    let full = open.is_some_and(|(index, _)| moving.sink.is_full(index));
+    let who = if full { "the destination took" } else { "the device gave" };
+    let message = format!("{who} no more of a transaction within {patience:?} (V1-OUTSTANDING)");
+    let failure = Failure::new(Side::Source, Phase::Precopy, message).with_errno(Some(Errno::ETIMEDOUT));
+    match open {
+        Some((_, (id, _))) => failure.on_device(id),
+        None => failure,
+    }
 }
 
 /// What is known of a stop before it is made.
@@ -233,7 +260,7 @@ fn one_round(session: &mut Session, set: &SavingSet, moving: &Moving, round: u32
             && written
             && rest.is_zero()
         {
-            let full = moving.sink.is_full();
+            let full = moving.sink.outbound().is_busy();
             return Some(RoundDone { stats, busy: if full { session.now().since(begun) } else { sweeping } });
         }
         let patience = if stats.is_some() && written { rest } else { Duration::from_secs(1) };
@@ -318,6 +345,8 @@ fn judge(
             id: id.clone(),
             // What the destination has not written yet is still to be done.
             bytes: s.bytes_left().saturating_add(moving.sink.in_flight(device)),
+            // The slower end, of those that are known.
+            rate: s.read_rate.into_iter().chain(moving.sink.write_rate(device)).min(),
             acknowledged: session.acknowledged.get(i).is_some_and(|a| *a >= s.generation),
         })
         .collect();
@@ -326,6 +355,7 @@ fn judge(
         stop_copy_bytes: if known.is_silent(now, memory_bytes) { 0 } else { left.bytes },
         initial_bytes: 0,
         dirty_bytes: 0,
+        rate: left.rate,
         quiesce: Duration::ZERO,
         load: Duration::ZERO,
     };
@@ -351,7 +381,8 @@ fn judge(
 fn report(session: &Session, round: u32, stats: SweepStats, figures: &Round) {
     let gauges = &session.control.gauges;
     let estimate = figures.estimate.total().unwrap_or_default();
-    let device_bytes = figures.devices.iter().map(|d| d.bytes).sum();
+    // Each of them is what a device says.
+    let device_bytes = figures.devices.iter().fold(0_u64, |sum, d| sum.saturating_add(d.bytes));
     gauges.memory_dirty.store(figures.memory_bytes, Ordering::Relaxed);
     gauges.bandwidth.store(figures.bandwidth.unwrap_or(0), Ordering::Relaxed);
     gauges.estimate_us.store(u64::try_from(estimate.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);

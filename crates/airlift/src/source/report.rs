@@ -3,7 +3,7 @@
 use super::session::Session;
 use crate::event::Transition;
 use crate::machine::MachineError;
-use crate::report::{MigrationReport, Outcome, Running};
+use crate::report::{DeviceReport, MigrationReport, Outcome, Running};
 use crate::set::{DeviceSet, ms};
 use airlift_core::Side;
 use airlift_stream::message::DeviceTransition;
@@ -19,6 +19,22 @@ fn told(transition: &DeviceTransition) -> Transition {
         at_ms: ms(transition.at_us),
         took_ms: ms(transition.took_us),
     }
+}
+
+/// Data after the stop beyond what a device has said before it: what is less is not what a downtime is too
+/// long by.
+const UNANNOUNCED: u64 = 1 << 20;
+
+/// What the downtime limit could not cover. A device of interface v1 need not say before the stop what it
+/// gives only after it.
+fn unannounced(devices: &[DeviceReport], announced: &[u64]) -> Vec<String> {
+    let late = |(device, said): (&DeviceReport, &u64)| {
+        let (id, came) = (&device.id, device.stop_copy_bytes);
+        (came > said.saturating_add(UNANNOUNCED)).then(|| {
+            format!("{id}: gave {came} bytes after the stop and had said {said} before it; the downtime limit did not cover the rest")
+        })
+    };
+    devices.iter().zip(announced).filter_map(late).collect()
 }
 
 impl Session {
@@ -49,6 +65,10 @@ impl Session {
             }
         }
         let downtime = (outcome == Outcome::Completed).then(|| figures.downtime()).flatten();
+        let mut notes = figures.notes.clone();
+        if downtime.as_ref().is_some_and(|(total, _)| *total > self.options.downtime_limit) {
+            notes.extend(unannounced(&devices, &figures.announced));
+        }
         MigrationReport {
             session: self.protocol.session().to_string(),
             outcome,
@@ -62,7 +82,7 @@ impl Session {
             devices,
             memory: figures.memory,
             compatibility: figures.compatibility.clone(),
-            notes: figures.notes.clone(),
+            notes,
             error: if outcome == Outcome::Completed { None } else { figures.error.clone() },
         }
     }

@@ -5,11 +5,15 @@
 //! behind it.
 
 use super::outbound::{Cargo, Outbound};
+use crate::meter::Meter;
 use crate::set::{ChunkSink, SinkClosed};
 use airlift_stream::FrameBuf;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// So many bytes are not on a connection, but in front of the destination's device.
+const BEHIND: u64 = 1 << 20;
 
 /// The engine's sink: takes room, gives buffers, and puts frames on the data connections.
 #[derive(Debug)]
@@ -39,6 +43,18 @@ struct DeviceRoom {
     /// the order of the frames. As many as the destination gave room for at most.
     sent: VecDeque<u64>,
     in_flight: u64,
+    /// What the destination writes while it alone is waited for.
+    writes: Meter,
+    /// When credit came last.
+    credited: Option<Instant>,
+}
+
+impl DeviceRoom {
+    /// The destination has more to write than can be under way: it has no room left, or so much of the
+    /// device is with it.
+    const fn is_behind(&self) -> bool {
+        self.frames == 0 || self.in_flight >= BEHIND
+    }
 }
 
 impl CreditedSink {
@@ -65,10 +81,18 @@ impl CreditedSink {
     pub(crate) fn credit(&self, device: u32, frames: u32) -> bool {
         let mut room = self.room();
         let Some(own) = room.device(device) else { return false };
+        let waited_for = own.is_behind() && !self.outbound.is_busy();
         own.frames = own.frames.saturating_add(u64::from(frames));
+        let mut written = 0_u64;
         for _ in 0..frames {
             let Some(length) = own.sent.pop_front() else { break };
-            own.in_flight = own.in_flight.saturating_sub(length);
+            written = written.saturating_add(length);
+        }
+        own.in_flight = own.in_flight.saturating_sub(written);
+        let now = Instant::now();
+        match own.credited.replace(now) {
+            Some(last) if waited_for => own.writes.add(written, now.saturating_duration_since(last)),
+            _ => own.writes.restart(),
         }
         self.more.notify_all();
         true
@@ -87,9 +111,19 @@ impl CreditedSink {
         self.room().device(device).map_or(0, |own| own.in_flight)
     }
 
-    /// The connections have all that they can take, or the destination all that it can take of a device.
-    pub(crate) fn is_full(&self) -> bool {
-        self.outbound.is_busy() || self.room().devices.iter().any(|own| own.frames == 0)
+    /// The source's device waits for the destination, or for the connections.
+    pub(crate) fn is_full(&self, device: u32) -> bool {
+        self.outbound.is_busy() || self.room().device(device).is_none_or(|own| own.frames == 0)
+    }
+
+    /// Bytes of `device` that the destination writes a second; `None` while it was not what is waited for.
+    pub(crate) fn write_rate(&self, device: u32) -> Option<u64> {
+        self.room().device(device).and_then(|own| own.writes.rate())
+    }
+
+    /// The destination has more to write than it has written, and how fast it is is not known yet.
+    pub(crate) fn is_unmeasured(&self, device: u32) -> bool {
+        self.room().device(device).is_some_and(|own| own.is_behind() && own.writes.rate().is_none())
     }
 
     pub(crate) fn outbound(&self) -> &Outbound {

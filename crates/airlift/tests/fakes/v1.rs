@@ -140,7 +140,7 @@ impl Region {
         self.core.lock().unwrap().picky = true;
     }
 
-    /// Each round of loading takes so long.
+    /// Each round of loading, and each chunk that is saved, takes so long.
     pub(crate) fn make_slow(&self, by: Duration) {
         self.core.lock().unwrap().slow = by;
     }
@@ -365,6 +365,9 @@ impl RegionAccess for Region {
         if offset == DEVICE_STATE {
             buf.copy_from_slice(&core.state.to_ne_bytes());
         } else if offset < INFO_SIZE {
+            if offset == DATA_OFFSET && bits::state_of(core.state).is_saving() && !core.staged {
+                std::thread::sleep(core.slow);
+            }
             let value = core.read_field(offset);
             buf.copy_from_slice(&value.to_ne_bytes());
         } else {

@@ -69,7 +69,7 @@ impl<R: RegionAccess> V1Device<R> {
         region: R,
         control: V1Control,
     ) -> Result<Self, DeviceError> {
-        let start = if region.mapped().is_empty() { INFO_SIZE } else { PAGE };
+        let start = if region.is_mappable() { PAGE } else { INFO_SIZE };
         let Some(section) = region.size().checked_sub(start).filter(|section| *section > 0) else {
             let message = format!("{} bytes have no room for the fields and for data", region.size());
             return Err(DeviceError::new(DeviceErrorKind::Protocol, "look at the migration region", message));
@@ -141,7 +141,7 @@ impl<R: RegionAccess> Port<R> {
     }
 
     fn set_state(&mut self, target: DeviceState, capabilities: &Capabilities) -> Made {
-        let unknown = DeviceState::Unknown(u32::MAX);
+        let unknown = DeviceState::UNREAD;
         let before = self.state;
         let mut raw = self.read_state().map_err(|error| TransitionError {
             from: unknown,

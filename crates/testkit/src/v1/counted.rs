@@ -61,6 +61,10 @@ impl<R: RegionAccess> RegionAccess for Counted<R> {
         self.inner.mapped()
     }
 
+    fn is_mappable(&self) -> bool {
+        self.inner.is_mappable()
+    }
+
     fn read_trapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         self.inner.read_trapped(offset, buf)?;
         self.count(|counts| match offset {
