@@ -29,7 +29,7 @@ mod units;
 mod vmm;
 mod watcher;
 
-use args::{Cli, Command, InterfaceChoice};
+use args::{Cli, Command};
 use clap::Parser;
 use exit::Exit;
 use json::{ErrorView, Output};
@@ -59,13 +59,7 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     // Two options can be right each and wrong together.
-    let checked = match &cli.command {
-        Command::Receive(args) => args.afterwards.check(&args.attach.devices),
-        Command::SoftDevice(args) => args.device.check(args.interface == InterfaceChoice::V1),
-        Command::Demo(args) => args.check(),
-        _ => Ok(()),
-    };
-    if let Err(error) = checked {
+    if let Err(error) = cli.check() {
         return refuse(&error);
     }
     log::start();

@@ -33,21 +33,21 @@ impl Afterwards {
     ///
     /// # Errors
     /// Wrong usage.
-    pub(crate) fn check(&self, devices: &[NamedDevice]) -> Result<(), clap::Error> {
-        let wrong = |kind, message: String| Err(clap::Error::raw(kind, message));
+    pub(crate) fn check(&self, devices: &[NamedDevice]) -> Result<(), super::Wrong> {
+        let wrong = |kind, message: String| Err(super::Wrong { kind, message });
         let own = devices.iter().find(|d| d.address.is_own_kernel_device());
         match own {
             Some(device) if !self.is_any() => wrong(
                 ErrorKind::MissingRequiredArgument,
                 format!(
                     "{device} would be closed when the migration is over, and the last close of a device resets \
-                     it: say who holds it then, with --then CMD, --give unix:PATH or --hold\n"
+                     it: say who holds it then, with --then CMD, --give unix:PATH or --hold"
                 ),
             ),
             None if self.is_any() && !devices.iter().any(|d| d.address.is_kernel_device()) => wrong(
                 ErrorKind::ArgumentConflict,
                 "--then, --give and --hold are for devices of the kernel, whose descriptors must outlive the \
-                 migration; a vfio-user device stays with its server\n"
+                 migration; a vfio-user device stays with its server"
                     .into(),
             ),
             _ => Ok(()),

@@ -109,8 +109,8 @@ impl DemoArgs {
     /// What is right each and wrong together.
     ///
     /// # Errors
-    /// As the command line's own, with exit code 2.
-    pub(crate) fn check(&self) -> Result<(), clap::Error> {
+    /// Which of them, and why: exit code 2.
+    pub(crate) fn check(&self) -> Result<(), super::Wrong> {
         if self.device_v1_destination_section.is_some() && !self.has_v1() {
             return Err(super::conflict(
                 "--device-v1-destination-section is for devices of interface v1: give --interface v1 too",

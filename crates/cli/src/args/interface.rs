@@ -92,8 +92,8 @@ impl V1Args {
     /// What is right each and wrong together; `v1`: some devices have interface v1.
     ///
     /// # Errors
-    /// As the command line's own, with exit code 2.
-    pub(crate) fn check(&self, v1: bool) -> Result<(), clap::Error> {
+    /// Which of them, and why: exit code 2.
+    pub(crate) fn check(&self, v1: bool) -> Result<(), super::Wrong> {
         let options = [
             ("--device-v1-section", self.section.is_some()),
             ("--device-v1-mapping", self.mapping.is_some()),

@@ -31,9 +31,15 @@ pub(crate) use values::{
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
-/// An error of arguments that are right each and wrong together: exit code 2.
-fn conflict(message: impl std::fmt::Display) -> clap::Error {
-    Cli::command().error(ErrorKind::ArgumentConflict, message)
+/// Arguments that are right each and wrong together.
+#[derive(Debug)]
+pub(crate) struct Wrong {
+    kind: ErrorKind,
+    message: String,
+}
+
+fn conflict(message: impl Into<String>) -> Wrong {
+    Wrong { kind: ErrorKind::ArgumentConflict, message: message.into() }
 }
 
 /// Moves VFIO devices between hosts while the machine that uses them runs.
@@ -42,6 +48,31 @@ fn conflict(message: impl std::fmt::Display) -> clap::Error {
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// What is right each and wrong together.
+    ///
+    /// # Errors
+    /// As the command line's own, of the subcommand that was given: exit code 2.
+    pub(crate) fn check(&self) -> Result<(), clap::Error> {
+        let (name, checked) = match &self.command {
+            Command::Receive(args) => ("receive", args.afterwards.check(&args.attach.devices)),
+            Command::SoftDevice(args) => {
+                ("soft-device", args.device.check(args.interface == InterfaceChoice::V1))
+            }
+            Command::Demo(args) => ("demo", args.check()),
+            _ => return Ok(()),
+        };
+        checked.map_err(|Wrong { kind, message }| {
+            let mut command = Self::command();
+            command.build();
+            match command.find_subcommand_mut(name) {
+                Some(subcommand) => subcommand.error(kind, message),
+                None => command.error(kind, message),
+            }
+        })
+    }
 }
 
 #[derive(Debug, Subcommand)]

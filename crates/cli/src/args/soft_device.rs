@@ -44,8 +44,8 @@ impl DeviceArgs {
     /// What is right each and wrong together, for devices of which some (`v1`) have interface v1.
     ///
     /// # Errors
-    /// As the command line's own, with exit code 2.
-    pub(crate) fn check(&self, v1: bool) -> Result<(), clap::Error> {
+    /// Which of them, and why: exit code 2.
+    pub(crate) fn check(&self, v1: bool) -> Result<(), super::Wrong> {
         if v1 && self.device_no_precopy {
             return Err(super::conflict(
                 "--device-no-precopy does not go with interface v1: every device of it has PRE_COPY",

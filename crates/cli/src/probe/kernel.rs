@@ -45,8 +45,10 @@ fn advice(driver: Option<&str>) -> String {
                              (mlx5_vfio_pci, hisi_acc_vfio_pci, qat_vfio_pci, virtio_vfio_pci, …)"
                 .into()
         }
-        Some(driver) => format!("use a kernel whose {driver} has migration interface v2, or another device"),
-        None => "use a driver that has migration interface v2".into(),
+        Some(driver) => {
+            format!("use a kernel whose {driver} has migration interface v2 or v1, or another device")
+        }
+        None => "use a driver that has migration interface v2 or v1".into(),
     }
 }
 
