@@ -88,6 +88,21 @@ fn a_device_that_is_slower_than_the_connections_is_not_stopped_with_more_than_it
     }
 }
 
+// V1-OUTSTANDING
+#[test]
+fn a_transaction_that_does_not_end_names_the_device_and_who_was_waited_for() {
+    // It is looked at after the first one, and is ready to be stopped from then on.
+    let here = Region::new(1 << 20).with(vec![bytes(1, 1), bytes(2, 1 << 20)], Vec::new());
+    here.make_data_slow(Duration::from_secs(1));
+    let mut sides = Sides::new();
+    sides.source.deadlines.stop_copy = Duration::from_millis(200);
+    let (sent, _) = migrate(sides, &here, &Region::new(1 << 20));
+    assert_eq!((sent.outcome, sent.source_running), (Outcome::Aborted, Running::Yes), "{}", words(&sent));
+    let story = words(&sent);
+    assert!(story.contains("nic0: ") && story.contains("the device gave no more of a transaction"), "{story}");
+    assert_eq!(here.state_now(), DeviceState::Running);
+}
+
 /// A migration of transactions that are far larger than what the receiver may hold.
 fn large(precopy: Vec<Vec<u8>>, stopped: Vec<Vec<u8>>, slow: Duration) {
     const BUDGET: u64 = 256 << 10;

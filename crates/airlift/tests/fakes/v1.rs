@@ -61,6 +61,8 @@ struct Core {
     picky: bool,
     balance: Option<Arc<Balance>>,
     slow: Duration,
+    /// Each read of data takes so long.
+    slow_data: Duration,
     guest: Option<Arc<Mutex<bool>>>,
     read_while_paused: bool,
 }
@@ -101,6 +103,7 @@ impl Region {
             picky: false,
             balance: None,
             slow: Duration::ZERO,
+            slow_data: Duration::ZERO,
             guest: None,
             read_while_paused: false,
         };
@@ -143,6 +146,11 @@ impl Region {
     /// Each round of loading, and each chunk that is saved, takes so long.
     pub(crate) fn make_slow(&self, by: Duration) {
         self.core.lock().unwrap().slow = by;
+    }
+
+    /// Each read of its data takes so long.
+    pub(crate) fn make_data_slow(&self, by: Duration) {
+        self.core.lock().unwrap().slow_data = by;
     }
 
     pub(crate) fn count_in(&self, balance: &Arc<Balance>) {
@@ -371,6 +379,7 @@ impl RegionAccess for Region {
             let value = core.read_field(offset);
             buf.copy_from_slice(&value.to_ne_bytes());
         } else {
+            std::thread::sleep(core.slow_data);
             buf.copy_from_slice(&core.section[at(offset)..][..buf.len()]);
             core.note_read(buf.len() as u64);
             core.moved(buf.len());
