@@ -99,7 +99,10 @@ fn a_transaction_that_does_not_end_names_the_device_and_who_was_waited_for() {
     let (sent, _) = migrate(sides, &here, &Region::new(1 << 20));
     assert_eq!((sent.outcome, sent.source_running), (Outcome::Aborted, Running::Yes), "{}", words(&sent));
     let story = words(&sent);
-    assert!(story.contains("nic0: ") && story.contains("the device gave no more of a transaction"), "{story}");
+    assert!(
+        story.contains("nic0: ") && story.contains("the device gave no more of a transaction"),
+        "{story}"
+    );
     assert_eq!(here.state_now(), DeviceState::Running);
 }
 
