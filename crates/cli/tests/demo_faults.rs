@@ -113,12 +113,25 @@ fn after_a_killed_sender_the_journal_lets_the_guest_run_on_the_source() {
     });
 }
 
+/// The device had given all that it has before it was killed: workers read it as soon as it is in
+/// STOP_COPY. Then nothing is missing.
+fn had_given_all(demo: &Demo, phase: &str) -> bool {
+    let completed = phase == "stop-copy" && demo.result["outcome"] == "completed";
+    if completed {
+        assert_past_commit(demo);
+    }
+    completed
+}
+
 #[test]
 fn a_killed_source_device_is_named_and_the_others_run_on() {
     each(&BEFORE_COMMIT[..5], |phase| {
         let demo = kill("source-device", phase);
         let story = demo.story();
         assert_never_both(&demo);
+        if had_given_all(&demo, phase) {
+            return;
+        }
         assert_eq!(demo.result["outcome"], "aborted", "{story}");
         assert_eq!(demo.result["source_running"], true, "{story}");
         assert_eq!(demo.code, 6, "{story}");
@@ -179,6 +192,9 @@ fn a_killed_source_device_of_interface_v1_is_named_and_the_others_run_on() {
         let demo = mixed("--kill", &format!("source-device@{phase}"));
         let story = demo.story();
         assert_never_both(&demo);
+        if had_given_all(&demo, phase) {
+            return;
+        }
         assert_eq!((demo.code, &demo.result["error"]["device"]), (6, &"dev0".into()), "{story}");
         assert_eq!(demo.result["source_running"], true, "{story}");
         assert_eq!(demo.result["devices"][1]["verified"], true, "{story}");
