@@ -11,6 +11,7 @@ use std::sync::Arc;
 pub struct SharedMemory {
     fd: Arc<OwnedFd>,
     size: u64,
+    shrink_sealed: bool,
 }
 
 impl SharedMemory {
@@ -23,7 +24,7 @@ impl SharedMemory {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, size)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(Self { fd: Arc::new(fd), size })
+        Ok(Self { fd: Arc::new(fd), size, shrink_sealed: true })
     }
 
     /// Takes a file that somebody else made, of which `size` bytes are to be used.
@@ -36,18 +37,22 @@ impl SharedMemory {
     /// # Errors
     /// [`MemoryError::TooSmall`] when the file holds less.
     pub fn from_fd(fd: OwnedFd, size: u64) -> Result<Self, MemoryError> {
+        // Before the size: a file that is sealed only after it was looked at can be smaller by then.
+        let seals = rustix::fs::fcntl_get_seals(&fd);
         let stat = rustix::fs::fstat(&fd).map_err(MemoryError::system("fstat"))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
         if actual < size {
             return Err(MemoryError::TooSmall { expected: size, actual });
         }
-        Ok(Self { fd: Arc::new(fd), size })
+        let shrink_sealed = seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        Ok(Self { fd: Arc::new(fd), size, shrink_sealed })
     }
 
-    /// Whether the file can no longer become smaller. `false` also for files that have no seals.
+    /// Whether the file could not become smaller any more when its size was looked at. `false` also for
+    /// files that have no seals.
     #[must_use]
-    pub fn is_shrink_sealed(&self) -> bool {
-        rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+    pub const fn is_shrink_sealed(&self) -> bool {
+        self.shrink_sealed
     }
 
     /// The file.

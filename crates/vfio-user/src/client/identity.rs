@@ -8,6 +8,10 @@ use crate::codec::{
 use airlift_core::{DeviceError, DeviceErrorKind, Interface, StateFormat};
 use std::collections::BTreeMap;
 
+/// Regions that every PCI device has numbers for, and that of its configuration space.
+const PCI_REGIONS: u32 = 9;
+const PCI_CONFIG: u32 = 7;
+
 /// Bytes of data that a state's format may have.
 const MAX_FORMAT: u32 = 4096;
 
@@ -43,23 +47,29 @@ pub(super) fn facts(
         return Err(protocol(command::DEVICE_GET_INFO, "implausible numbers of regions"));
     }
     let mut facts = BTreeMap::new();
-    // One that only holds the migration region adds none.
-    let added = u32::from(migration.is_some_and(|index| index.checked_add(1) == Some(info.num_regions)));
-    facts.insert("region-count".into(), (info.num_regions - added).to_string());
     facts.insert("irq-count".into(), info.num_irqs.to_string());
-    let mut config = 0;
+    // Numbers behind the last region that is one come and go with the interface.
+    let pci = DeviceInfoFlags::from_bits_truncate(info.flags).contains(DeviceInfoFlags::PCI);
+    let (mut count, mut config) = (if pci { PCI_REGIONS } else { 0 }, 0);
     for index in (0..info.num_regions).filter(|index| Some(*index) != migration) {
-        let region = client.region_info(index)?;
+        let region = match client.region_info(index) {
+            Ok(region) => region,
+            // Numbers may have gaps.
+            Err(error) if error.kind == DeviceErrorKind::Refused => continue,
+            Err(error) => return Err(error),
+        };
         if region.size > 0 {
             facts.insert(format!("region{index}-size"), region.size.to_string());
+            count = count.max(index + 1);
         }
-        if index == 7 {
+        if index == PCI_CONFIG {
             config = region.size;
         }
     }
-    if DeviceInfoFlags::from_bits_truncate(info.flags).contains(DeviceInfoFlags::PCI) && config >= 64 {
+    facts.insert("region-count".into(), count.to_string());
+    if pci && config >= 64 {
         let mut space = [0; 64];
-        client.region_read(7, 0, &mut space)?;
+        client.region_read(PCI_CONFIG, 0, &mut space)?;
         let short = |at: usize| u16::from_le_bytes([space[at], space[at + 1]]);
         facts.insert("pci-vendor".into(), format!("{:#06x}", short(0)));
         facts.insert("pci-device".into(), format!("{:#06x}", short(2)));

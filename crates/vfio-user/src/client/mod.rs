@@ -5,6 +5,7 @@
 
 mod channel;
 mod device;
+mod direct;
 mod dirty;
 mod dma;
 mod identity;

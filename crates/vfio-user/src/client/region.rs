@@ -1,13 +1,15 @@
-//! A region of a device behind a socket as [`RegionAccess`]: REGION_READ and REGION_WRITE, and mappings
-//! of what the server lets be mapped.
+//! A region of a device behind a socket as [`RegionAccess`]: REGION_READ and REGION_WRITE, and the file of
+//! what the server lets be mapped.
 //!
-//! What the region holds is not looked at here.
+//! A file that its owner can make smaller is read and written instead of mapped: an access to a mapping
+//! of what is gone would end the process, with all other devices and the guest (VU-SEAL). What the region
+//! holds is not looked at here.
 
 use super::channel::{Ticket, protocol};
+use super::direct::DirectAreas;
 use super::{Client, RegionDetails};
 use crate::codec::{RegionAccess as Access, RegionInfoFlags, command, take};
-use airlift_core::{DeviceError, DeviceErrorKind, Errno, RegionAccess, RegionArea};
-use airlift_memory::{Access as MapAccess, Mapping, SharedMemory};
+use airlift_core::{DeviceError, DeviceErrorKind, RegionAccess, RegionArea};
 use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
@@ -19,9 +21,9 @@ pub struct VfioUserRegion {
     client: Client,
     index: u32,
     size: u64,
-    areas: Vec<RegionArea>,
-    /// One for each of `areas`.
-    mappings: Vec<Mapping>,
+    /// The server declares parts of it as mappable.
+    mappable: bool,
+    direct: DirectAreas,
     unmapped: Option<String>,
     timeout: Duration,
     piece: usize,
@@ -34,7 +36,7 @@ impl fmt::Debug for VfioUserRegion {
         f.debug_struct("VfioUserRegion")
             .field("index", &self.index)
             .field("size", &self.size)
-            .field("areas", &self.areas)
+            .field("areas", &self.direct.areas())
             .finish_non_exhaustive()
     }
 }
@@ -43,7 +45,7 @@ impl VfioUserRegion {
     /// Region `index` of the client's device, of which `details` tell, with all mapped that can be.
     /// `airlift`: the server is known to read whole messages, so that large ones may be sent, several at
     /// a time (VU-WRITE-CHUNK). Where mapping fails, that is said once in the log, and messages are used
-    /// (V1-MMAP).
+    /// (V1-MMAP); a file that can become smaller is read and written (VU-SEAL).
     ///
     /// Each access may take as long as a transition: a device answers some only when its data is there.
     ///
@@ -71,8 +73,8 @@ impl VfioUserRegion {
         let mut region = Self {
             index,
             size: details.size,
-            areas: Vec::new(),
-            mappings: Vec::new(),
+            mappable: details.flags.contains(RegionInfoFlags::MMAP),
+            direct: DirectAreas::default(),
             unmapped: None,
             timeout: options.transition_timeout,
             piece,
@@ -90,55 +92,22 @@ impl VfioUserRegion {
         self.index
     }
 
-    /// Why a part of it that the server lets be mapped is not.
+    /// Why a part of it that the server lets be mapped is not: its file is read and written, or messages are
+    /// used.
     #[must_use]
     pub fn unmapped(&self) -> Option<&str> {
         self.unmapped.as_deref()
     }
 
     fn map(&mut self, details: RegionDetails) {
-        let Some(fd) = details.fd.filter(|_| details.flags.contains(RegionInfoFlags::MMAP)) else { return };
-        let whole = vec![(0, details.size)];
-        let areas = if details.areas.is_empty() { whole } else { details.areas };
-        let end = areas.iter().map(|(offset, length)| offset.saturating_add(*length)).max().unwrap_or(0);
-        // Beyond the end of a file a mapping is there and an access is fatal: its size is looked at.
-        let file = details.offset.checked_add(end).ok_or(()).and_then(|end| {
-            SharedMemory::from_fd(fd, end).map_err(|error| self.unmapped = Some(error.to_string()))
-        });
-        if let Ok(file) = file {
-            for (offset, length) in areas.into_iter().filter(|(_, length)| *length > 0) {
-                // Within the file: no overflow.
-                match file.map(details.offset + offset, length, MapAccess::ReadWrite) {
-                    Ok(mapping) => {
-                        self.areas.push(RegionArea { offset, length });
-                        self.mappings.push(mapping);
-                    }
-                    Err(error) => {
-                        self.unmapped.get_or_insert_with(|| error.to_string());
-                    }
-                }
-            }
-        } else {
-            self.unmapped.get_or_insert_with(|| "its place in the file cannot be".into());
+        let Some(fd) = details.fd.filter(|_| self.mappable) else { return };
+        let areas = if details.areas.is_empty() { vec![(0, details.size)] } else { details.areas };
+        let why;
+        (self.direct, why) = DirectAreas::open(fd, details.offset, &areas);
+        if let Some(why) = &why {
+            tracing::warn!(region = self.index, why, "a part of a region is not mapped, which is slower");
         }
-        if let Some(error) = &self.unmapped {
-            tracing::warn!(
-                region = self.index,
-                error,
-                "a part of a region cannot be mapped; messages are used, which are slower"
-            );
-        }
-    }
-
-    /// The mapping in which `length` bytes at `offset` lie, and where in it.
-    fn mapping(&self, offset: u64, length: usize, number: u16) -> Result<(&Mapping, u64), DeviceError> {
-        let end = offset.saturating_add(length as u64);
-        let inside = |area: &RegionArea| offset >= area.offset && end <= area.offset + area.length;
-        let found = self.areas.iter().zip(&self.mappings).find(|(area, _)| inside(area));
-        found.map(|(area, mapping)| (mapping, offset - area.offset)).ok_or_else(|| {
-            let message = format!("{length} bytes at {offset:#x} are not in one mapped area");
-            DeviceError::new(DeviceErrorKind::Misuse, command::name(number), message)
-        })
+        self.unmapped = why;
     }
 
     fn inside(&self, offset: u64, length: usize, number: u16) -> Result<(), DeviceError> {
@@ -182,7 +151,11 @@ impl RegionAccess for VfioUserRegion {
     }
 
     fn mapped(&self) -> &[RegionArea] {
-        &self.areas
+        self.direct.areas()
+    }
+
+    fn is_mappable(&self) -> bool {
+        self.mappable
     }
 
     fn read_trapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
@@ -245,14 +218,10 @@ impl RegionAccess for VfioUserRegion {
     }
 
     fn read_mapped(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
-        let number = command::REGION_READ;
-        let (mapping, at) = self.mapping(offset, buf.len(), number)?;
-        mapping.read(at, buf).map_err(|e| DeviceError::refused(command::name(number), Errno(e.raw_errno())))
+        self.direct.read(offset, buf, command::name(command::REGION_READ))
     }
 
     fn write_mapped(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
-        let number = command::REGION_WRITE;
-        let (mapping, at) = self.mapping(offset, data.len(), number)?;
-        mapping.write(at, data).map_err(|e| DeviceError::refused(command::name(number), Errno(e.raw_errno())))
+        self.direct.write(offset, data, command::name(command::REGION_WRITE))
     }
 }

@@ -407,3 +407,50 @@ fn undefined_capabilities_and_states_are_not_guessed() {
     assert_eq!(device.found_state(), DeviceState::Unknown(99));
     assert_eq!(device.set_state(DeviceState::Stop).unwrap_err().error.kind, DeviceErrorKind::Misuse);
 }
+
+/// A server that answers VERSION, and everything else with requests of its own that want no reply,
+/// without an end; says when it could not send any more.
+fn flooding() -> UnixStream {
+    let mut asked = 0;
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let (inner, mut front) = (fake(|_| None), theirs.try_clone().unwrap());
+    std::thread::spawn(move || {
+        // VERSION is answered as by any other fake server.
+        let mut version = inner;
+        let mut head = [0; 16];
+        while asked == 0 && front.read_exact(&mut head).is_ok() {
+            let size = u32::from_ne_bytes(head[4..8].try_into().unwrap());
+            let mut rest = vec![0; usize::try_from(size).unwrap() - 16];
+            front.read_exact(&mut rest).unwrap();
+            version.write_all(&head).unwrap();
+            version.write_all(&rest).unwrap();
+            let mut answer = [0; 16];
+            version.read_exact(&mut answer).unwrap();
+            let size = u32::from_ne_bytes(answer[4..8].try_into().unwrap());
+            let mut rest = vec![0; usize::try_from(size).unwrap() - 16];
+            version.read_exact(&mut rest).unwrap();
+            front.write_all(&answer).unwrap();
+            front.write_all(&rest).unwrap();
+            asked += 1;
+        }
+        let many = message(1, command::DMA_READ, 16, 0x10, 0, &[]).repeat(4096);
+        // A bound, so that a client that never gives up ends too; by then it has another error.
+        for _ in 0..2_000 {
+            if theirs.write_all(&many).is_err() {
+                return;
+            }
+        }
+    });
+    ours
+}
+
+// VU-FLOOD
+#[test]
+fn a_server_that_never_stops_sending_does_not_outlast_a_deadline() {
+    let quick = ClientOptions { message_timeout: Duration::from_millis(50), ..options() };
+    let client = Client::from_stream(flooding(), quick).unwrap();
+    assert_eq!(client.info().unwrap_err().kind, DeviceErrorKind::TimedOut);
+    // And whoever only serves what has come comes back.
+    client.pump().unwrap();
+    assert_eq!(client.region_read(0, 0, &mut [0]).unwrap_err().kind, DeviceErrorKind::TimedOut);
+}
