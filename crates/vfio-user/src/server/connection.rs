@@ -1,9 +1,12 @@
 //! One connection of a server: its reading thread, the replies, and the server's own DMA messages.
 //!
 //! A reading thread takes messages whole and hands them on in order of arrival. What a client has
-//! under way is bounded (VU-BOUND): the thread stops reading until something is answered.
+//! under way is bounded (VU-BOUND): the thread stops reading until something is answered. The second
+//! connection has a writing thread beside it, so that answers to it never keep the device thread
+//! (VU-UNREAD).
 
 use super::Event;
+use super::outbox::Outbox;
 use crate::codec::{DmaData, FrameError, Header, MessageType, VersionCaps, command, take};
 use crate::dma::DmaPeer;
 use crate::transport::{Connection, TransportError};
@@ -72,7 +75,7 @@ pub(super) struct Conn {
     pub(super) id: u64,
     pub(super) role: Role,
     connection: Connection,
-    sending: Mutex<()>,
+    outbox: Outbox,
     used: Mutex<Used>,
     room: Condvar,
     closed: AtomicBool,
@@ -92,12 +95,12 @@ struct Asked {
     waiting: HashMap<u16, Sender<Answer>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Conn {
-    /// Takes a connected socket and starts its reading thread.
+    /// Takes a connected socket and starts its threads.
     pub(super) fn start(
         id: u64,
         role: Role,
@@ -109,7 +112,7 @@ impl Conn {
             id,
             role,
             connection: Connection::new(stream),
-            sending: Mutex::default(),
+            outbox: Outbox::default(),
             used: Mutex::default(),
             room: Condvar::new(),
             closed: AtomicBool::new(false),
@@ -120,13 +123,25 @@ impl Conn {
             timeout: options.message_timeout,
             asked: Mutex::default(),
         });
+        if role == Role::Migration {
+            let (writer, events) = (Arc::clone(&conn), events.clone());
+            std::thread::Builder::new().name("vfu-write".into()).spawn(move || {
+                writer.outbox.run(&writer.connection, writer.timeout, || {
+                    // The server may have ended before.
+                    let _ = events.send(Event::Answered(writer.id));
+                });
+            })?;
+        }
         let reader = Arc::clone(&conn);
-        std::thread::Builder::new().name("vfu-read".into()).spawn(move || {
+        let started = std::thread::Builder::new().name("vfu-read".into()).spawn(move || {
             let why = reader.read_all(&events);
             reader.close();
-            // The server may have ended before.
             let _ = events.send(Event::Closed(reader.id, why));
-        })?;
+        });
+        if let Err(error) = started {
+            conn.close();
+            return Err(error);
+        }
         Ok(conn)
     }
 
@@ -134,6 +149,7 @@ impl Conn {
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.connection.shutdown();
+        self.outbox.close();
         let _used = lock(&self.used);
         self.room.notify_all();
         // The senders go, and with them the waits.
@@ -163,30 +179,54 @@ impl Conn {
         self.reinit.load(Ordering::Acquire)
     }
 
-    /// Answers a request. A client that does not take its answers loses the connection.
+    /// So many answers wait for the client that its further requests have to wait for them;
+    /// [`Event::Answered`] tells when none does any more. Never so for the first connection.
+    pub(super) fn is_full(&self) -> bool {
+        self.outbox.is_full()
+    }
+
+    /// Answers a request, from the device thread. A client that does not take its answers loses the
+    /// connection. Only for the first connection is that waited for: it is the guest's own (VU-UNREAD).
     pub(super) fn reply(&self, to: Header, parts: &[&[u8]], fds: &[BorrowedFd<'_>]) {
-        let length: usize = parts.iter().map(|p| p.len()).sum();
-        let header = to.reply(u32::try_from(length).unwrap_or(u32::MAX));
-        self.answer(to, header, parts, fds);
+        self.answer(to, Ok(parts), fds, self.role == Role::Primary);
     }
 
-    /// Answers a request with an error: a header alone (VU-ERROR-REPLY).
+    /// Answers a request with an error, from the device thread: a header alone (VU-ERROR-REPLY).
     pub(super) fn refuse(&self, to: Header, errno: Errno) {
-        tracing::debug!(command = command::name(to.command), %errno, "request refused");
-        let header = to.error(u32::try_from(errno.0).unwrap_or(5));
-        self.answer(to, header, &[], &[]);
+        self.answer(to, Err(errno), &[], self.role == Role::Primary);
     }
 
-    fn answer(&self, to: Header, header: Header, parts: &[&[u8]], fds: &[BorrowedFd<'_>]) {
+    /// Answers a request, from a thread that may wait until the client takes it.
+    pub(super) fn deliver(&self, to: Header, answer: Result<&[&[u8]], Errno>) {
+        self.answer(to, answer, &[], true);
+    }
+
+    fn answer(&self, to: Header, answer: Result<&[&[u8]], Errno>, fds: &[BorrowedFd<'_>], wait: bool) {
+        let command = command::name(to.command);
+        let (header, parts) = match answer {
+            Ok(parts) => {
+                let length: usize = parts.iter().map(|p| p.len()).sum();
+                (to.reply(u32::try_from(length).unwrap_or(u32::MAX)), parts)
+            }
+            Err(errno) => {
+                tracing::debug!(command, %errno, "request refused");
+                (to.error(u32::try_from(errno.0).unwrap_or(5)), [].as_slice())
+            }
+        };
         if to.kind == (MessageType::Command { no_reply: true }) {
             return;
         }
         let head = header.encode();
         let mut whole: Vec<&[u8]> = vec![&head];
         whole.extend(parts);
-        let _sending = lock(&self.sending);
-        if let Err(error) = self.connection.send(&whole, fds, Instant::now() + self.timeout) {
-            tracing::debug!(command = command::name(to.command), %error, "reply not sent");
+        let sent = if wait {
+            let _turn = self.outbox.turn();
+            self.connection.send(&whole, fds, Instant::now() + self.timeout)
+        } else {
+            self.outbox.post(&self.connection, &whole, fds)
+        };
+        if let Err(error) = sent {
+            tracing::debug!(command, %error, "reply not sent");
             self.connection.shutdown();
         }
     }
@@ -219,7 +259,7 @@ impl Conn {
                     FrameError::TooLong { .. } => Errno::EMSGSIZE,
                     FrameError::TooShort(_) | FrameError::Type(_) => Errno::EINVAL,
                 };
-                self.refuse(header, errno);
+                self.deliver(header, Err(errno));
             }
             return Ok(None);
         }
@@ -278,7 +318,7 @@ impl Conn {
         let mut whole: Vec<&[u8]> = vec![&head];
         whole.extend(parts);
         let sent = {
-            let _sending = lock(&self.sending);
+            let _turn = self.outbox.turn();
             self.connection.send(&whole, &[], deadline)
         };
         if sent.is_err() {

@@ -35,8 +35,8 @@ pub(super) enum Job {
     Size { conn: Arc<Conn>, header: Header },
     /// Says when everything before is done.
     Barrier(u64),
-    /// Ends the session, and says so.
-    End(u64),
+    /// Ends the session, and says so; what it left in the region is forgotten.
+    End { token: u64, region: Option<Arc<V1Region>> },
 }
 
 /// What is open.
@@ -73,22 +73,22 @@ pub(super) fn run(jobs: &Receiver<Job>, events: &Sender<Event>) {
                         buffer[filled..shown].fill(0);
                         let length = u32::try_from(filled).unwrap_or(0);
                         let head = MigData { argsz: length + 8, size: length };
-                        conn.reply(request.header, &[head.as_bytes(), &buffer[..shown]], &[]);
+                        conn.deliver(request.header, Ok(&[head.as_bytes(), &buffer[..shown]]));
                     }
-                    Err(errno) => conn.refuse(request.header, errno),
+                    Err(errno) => conn.deliver(request.header, Err(errno)),
                 }
             }
             Job::Write { conn, request } => {
                 match write(&mut session, request.payload.get(8..).unwrap_or_default()) {
-                    Ok(()) => conn.reply(request.header, &[], &[]),
-                    Err(errno) => conn.refuse(request.header, errno),
+                    Ok(()) => conn.deliver(request.header, Ok(&[])),
+                    Err(errno) => conn.deliver(request.header, Err(errno)),
                 }
             }
             Job::Region { conn, request, region, task } => {
                 let (access, written) = request.payload.split_at(request.payload.len().min(ACCESS));
                 match chunk.run(&mut session, &region, task, written) {
-                    Ok(data) => conn.reply(request.header, &[access, &data], &[]),
-                    Err(errno) => conn.refuse(request.header, errno),
+                    Ok(data) => conn.deliver(request.header, Ok(&[access, &data])),
+                    Err(errno) => conn.deliver(request.header, Err(errno)),
                 }
             }
             Job::Info { conn, header } => info(&mut session, &conn, header),
@@ -96,19 +96,23 @@ pub(super) fn run(jobs: &Receiver<Job>, events: &Sender<Event>) {
                 if let Session::Save(saver) = &mut session {
                     let head = FeatureHeader::new(16, feature::MIG_DATA_SIZE, FeatureFlags::GET);
                     let length = saver.stop_copy_size();
-                    conn.reply(header, &[head.as_bytes(), length.as_bytes()], &[]);
+                    conn.deliver(header, Ok(&[head.as_bytes(), length.as_bytes()]));
                 } else {
-                    conn.refuse(header, Errno::EINVAL);
+                    conn.deliver(header, Err(Errno::EINVAL));
                 }
             }
             Job::Barrier(token) => {
                 let _ = events.send(Event::DataIdle(token));
             }
-            Job::End(token) => {
+            Job::End { token, region } => {
                 session = Session::None;
                 buffer = Vec::new();
                 chunk = Chunk::default();
                 let _ = events.send(Event::DataIdle(token));
+                // Beside the arc that waited for this: no session begins to load before it is done.
+                if let Some(region) = region {
+                    region.wipe();
+                }
             }
         }
     }
@@ -150,8 +154,8 @@ pub(super) fn write(session: &mut Session, data: &[u8]) -> Result<(), Errno> {
 fn info(session: &mut Session, conn: &Conn, header: Header) {
     let saver = match session {
         Session::Save(saver) => saver,
-        Session::Failed(errno) => return conn.refuse(header, *errno),
-        Session::None | Session::Load(..) => return conn.refuse(header, Errno::EINVAL),
+        Session::Failed(errno) => return conn.deliver(header, Err(*errno)),
+        Session::None | Session::Load(..) => return conn.deliver(header, Err(Errno::EINVAL)),
     };
     let info = saver.precopy_info();
     let head = FeatureHeader::new(32, feature::PRECOPY_INFO, FeatureFlags::GET);
@@ -161,5 +165,5 @@ fn info(session: &mut Session, conn: &Conn, header: Header) {
         initial_bytes: info.initial_bytes,
         dirty_bytes: info.dirty_bytes,
     };
-    conn.reply(header, &[head.as_bytes(), data.as_bytes()], &[]);
+    conn.deliver(header, Ok(&[head.as_bytes(), data.as_bytes()]));
 }

@@ -12,11 +12,15 @@
 //! regions and questions about what the device is; data waits behind a transition, so that a
 //! [`Saver`](crate::Saver) or [`Loader`](crate::Loader) never runs during one. Over interface v1 the same
 //! session is driven through the migration region, whose accesses wait as data does.
+//!
+//! The device thread never waits for the migration socket's client: answers that it does not take wait in
+//! that connection's outbox, which has a thread of its own, and then its requests do (VU-UNREAD).
 
 mod connection;
 mod data;
 mod features;
 mod operations;
+mod outbox;
 mod requests;
 mod v1;
 mod worker;
@@ -82,6 +86,8 @@ enum Event {
     Incoming(UnixStream),
     /// A client asks.
     Request(Arc<Conn>, Request),
+    /// The client has taken all answers on the connection with this number, which was full of them.
+    Answered(u64),
     /// A connection ended.
     Closed(u64, Detach),
     /// The device answered the call with this number.

@@ -175,7 +175,12 @@ impl Worker {
             // The loader goes before the arc that validates what it took.
             ArcSession::Ends => {
                 let token = self.step(Step::Data(Some(arc)));
-                self.send_job(Job::End(token));
+                self.end_session(token);
+            }
+            // The section is wiped of the session before: what a client writes next must stay (V1-PRIVATE).
+            ArcSession::OpensLoad if self.region.is_some() => {
+                let token = self.step(Step::Data(Some(arc)));
+                self.send_job(Job::Barrier(token));
             }
             ArcSession::None | ArcSession::OpensSave | ArcSession::OpensLoad => self.call_device(arc),
         }
@@ -205,6 +210,11 @@ impl Worker {
         if self.jobs.send(job).is_err() {
             tracing::error!("the data thread is gone");
         }
+    }
+
+    /// Lets the data thread end the session, and say so with this number.
+    fn end_session(&self, token: u64) {
+        self.send_job(Job::End { token, region: self.region.clone() });
     }
 
     /// Hands data requests over, in the order of arrival.
@@ -322,7 +332,7 @@ impl Worker {
     pub(super) fn reset(&mut self, asker: Asker) {
         self.open(Kind::Reset(asker), VecDeque::new());
         let token = self.step(Step::Data(None));
-        self.send_job(Job::End(token));
+        self.end_session(token);
     }
 
     /// The operation is over.
@@ -331,7 +341,7 @@ impl Worker {
         let Some(operation) = self.operation.take() else { return };
         // A session has no place in these states, however they were reached.
         if !self.state.is_saving() && self.state != DeviceState::Resuming && self.session.take().is_some() {
-            self.send_job(Job::End(0));
+            self.end_session(0);
         }
         match operation.kind {
             Kind::SetState(asker)
@@ -347,7 +357,7 @@ impl Worker {
                 }
                 if self.session.as_ref().is_some_and(|s| s.owner == owner || why.is_some()) {
                     self.session = None;
-                    self.send_job(Job::End(0));
+                    self.end_session(0);
                 }
                 if let Some(why) = why {
                     self.detach(why);
@@ -418,6 +428,7 @@ impl Worker {
         tracing::debug!(?why, primary, "connection ended");
         if migration {
             self.migration = None;
+            self.parked.clear();
         }
         let owns = self.session.as_ref().is_some_and(|s| primary || s.owner == id);
         let why = primary.then_some(why);
@@ -429,7 +440,7 @@ impl Worker {
             DeviceState::PreCopyP2p => Some(DeviceState::RunningP2p),
             DeviceState::Resuming => {
                 let token = self.step(Step::Data(None));
-                return self.send_job(Job::End(token));
+                return self.end_session(token);
             }
             _ => None,
         };

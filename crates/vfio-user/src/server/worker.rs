@@ -55,6 +55,8 @@ pub(super) struct Worker {
     pub(super) migration: Option<Arc<Conn>>,
     pub(super) operation: Option<Operation>,
     queue: VecDeque<Queued>,
+    /// Requests of the second connection that wait until its client takes its answers (VU-UNREAD).
+    pub(super) parked: Vec<(Arc<Conn>, Request)>,
     next_id: u64,
     handshake: Option<Instant>,
     attached: bool,
@@ -92,6 +94,7 @@ impl Worker {
             migration: None,
             operation: None,
             queue: VecDeque::new(),
+            parked: Vec::new(),
             next_id: 1,
             handshake: None,
             attached: false,
@@ -151,6 +154,13 @@ impl Worker {
                     self.request(&conn, request);
                 } else {
                     self.queue.push_back(Queued::Request(conn, request));
+                }
+            }
+            Event::Answered(id) => {
+                if self.migration.as_ref().is_some_and(|conn| conn.id == id) {
+                    for (conn, request) in std::mem::take(&mut self.parked) {
+                        self.handle(Event::Request(conn, request));
+                    }
                 }
             }
             Event::Closed(id, why) => self.queue.push_back(Queued::Closed(id, why)),
@@ -220,6 +230,11 @@ impl Worker {
         if !self.is_current(conn) {
             return;
         }
+        // Behind those that are parked already, in order. Each keeps its share of what may be under way, so
+        // that the client is soon not read any more.
+        if conn.role == Role::Migration && (!self.parked.is_empty() || conn.is_full()) {
+            return self.parked.push((Arc::clone(conn), request));
+        }
         if header.command == command::VERSION {
             return self.version(conn, &request);
         }
@@ -259,6 +274,19 @@ impl Worker {
                 return conn.refuse(header, Errno::EINVAL);
             }
         };
+        // No client sees what another one left or does in its data section (V1-PRIVATE).
+        if conn.role == Role::Primary
+            && let Some(region) = &self.region
+        {
+            match region.renewed() {
+                Ok(region) => self.region = Some(Arc::new(region)),
+                Err(error) => {
+                    tracing::error!(%error, "a client could not be served");
+                    conn.refuse(header, Errno::ENOMEM);
+                    return conn.close();
+                }
+            }
+        }
         let max_data_xfer_size = self.options.max_data_xfer_size;
         let caps = VersionCaps {
             max_msg_fds: 16,
@@ -287,6 +315,7 @@ impl Worker {
         if let Some(migration) = self.migration.take() {
             migration.close();
         }
+        self.parked.clear();
         if let Some(primary) = self.primary.take() {
             primary.close();
         }

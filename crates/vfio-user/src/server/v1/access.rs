@@ -8,7 +8,7 @@ use super::super::connection::{Conn, Request};
 use super::super::data::Job;
 use super::super::operations::Asker;
 use super::super::worker::Worker;
-use super::{Place, Task, V1Region};
+use super::{Place, Round, Task, V1Region};
 use crate::codec::{
     RegionAccess, RegionCap, RegionInfo, RegionInfoFlags, RegionTypeCap, SparseArea, command, take,
 };
@@ -17,15 +17,6 @@ use airlift_core::{Arc as StateArc, Capabilities, DeviceState, Errno, arcs, path
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use zerocopy::IntoBytes;
-
-/// How far a client is with a round of the resume loop (V1-ROUNDS).
-#[derive(Clone, Copy, Debug, Default)]
-pub(in crate::server) struct Round {
-    /// `data_offset` was read, so that data can be written.
-    open: bool,
-    /// Data was written that no write of `data_size` has handed over.
-    begun: bool,
-}
 
 /// What is to be done for an access.
 enum Answer {
@@ -107,7 +98,7 @@ impl Worker {
             Place::DataOffset if self.is_saving() => Ok(Answer::Later(Task::Offset)),
             Place::DataOffset => {
                 if let Ok(round) = self.round() {
-                    round.open = true;
+                    round.open();
                 }
                 number(region.start)
             }
@@ -142,7 +133,8 @@ impl Worker {
             Place::DataSize => {
                 let size = u64::from_ne_bytes(data.try_into().map_err(|_| Errno::EINVAL)?);
                 let round = self.round()?;
-                if !round.open || size == 0 || size > region.section.size {
+                // Bytes that the client did not bring now are no transaction of it (V1-PRIVATE).
+                if size == 0 || size > region.section.size || !round.holds(size, &region.mapped) {
                     return Err(Errno::EINVAL);
                 }
                 *round = Round::default();
@@ -150,11 +142,8 @@ impl Worker {
                 Ok(Answer::Later(Task::Take { size }))
             }
             Place::Section(at) => {
-                let round = self.round()?;
-                if !round.open {
-                    return Err(Errno::EINVAL);
-                }
-                round.begun = true;
+                let end = at.checked_add(u64::from(access.count)).ok_or(Errno::EINVAL)?;
+                self.round()?.write(at, end, &region.mapped)?;
                 Ok(Answer::Later(Task::Write { at }))
             }
         }
@@ -170,7 +159,7 @@ impl Worker {
         // What is still to be handed over would be missing in what is loaded (V1-OUTSTANDING). Where
         // loading has failed, that is what the walk answers.
         let spoiled = self.session.as_ref().is_some_and(|s| s.spoiled.load(Ordering::Acquire));
-        let torn = !spoiled && self.round().is_ok_and(|round| round.begun);
+        let torn = !spoiled && self.round().is_ok_and(|round| round.has_begun());
         let allowed = arcs(&Capabilities::v1(1, false)).contains(&StateArc::new(from, target));
         let walk = self.caps.and_then(|caps| path(from, target, &caps).ok());
         match walk {

@@ -9,14 +9,17 @@
 //! section; `access` says what a client may do with it and when, on the device thread; `chunks` does
 //! what may take time, on the data thread.
 //!
+//! Each client has a data section of its own, and in it each session begins with nothing (V1-PRIVATE).
+//!
 //! Not checked here: what a client writes into parts that it has mapped. It is copied out when the
 //! client says that it is whole, and judged by the device.
 
 mod access;
 mod chunks;
+mod round;
 
-pub(super) use access::Round;
 pub(super) use chunks::{Chunk, Task};
+pub(super) use round::Round;
 
 use crate::codec::RegionAccess;
 use crate::section::PAGE;
@@ -24,6 +27,8 @@ use crate::{Description, DescriptionError, V1Section};
 use airlift_core::Errno;
 use airlift_core::v1::{DATA_OFFSET, DATA_SIZE, DEVICE_STATE, INFO_SIZE, PENDING_BYTES, RESERVED};
 use airlift_memory::{Access, Mapping, SharedMemory};
+use rustix::fs::FallocateFlags;
+use rustix::io::retry_on_intr;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -41,7 +46,7 @@ enum Place {
     Section(u64),
 }
 
-/// The region of one device.
+/// The region of one device, for one client.
 #[derive(Debug)]
 pub(super) struct V1Region {
     pub(super) index: u32,
@@ -50,6 +55,8 @@ pub(super) struct V1Region {
     start: u64,
     /// What clients may map: `(offset, length)` in the region.
     areas: Vec<(u64, u64)>,
+    /// The same as `(start, end)` in the section, in order.
+    mapped: Vec<(u64, u64)>,
     /// Offsets in the file are those of the region.
     file: SharedMemory,
     memory: Mapping,
@@ -63,18 +70,34 @@ impl V1Region {
     pub(super) fn of(description: &Description, section: &V1Section) -> io::Result<Self> {
         let parts = section.parts().map_err(DescriptionError::from)?;
         let start = if parts.is_empty() { INFO_SIZE } else { PAGE };
+        let mut mapped: Vec<_> = parts.iter().map(|&(offset, length)| (offset, offset + length)).collect();
+        mapped.sort_unstable();
         let areas = parts.into_iter().map(|(offset, length)| (start + offset, length)).collect();
         let taken = |index: &u32| description.regions.iter().any(|r| r.index == *index);
         // The last number is none: a device has one region more than it.
         let index = (FIRST_FREE..u32::MAX).find(|index| !taken(index)).ok_or(DescriptionError::Index)?;
-        let size = start + section.size;
-        let file = SharedMemory::create("vfio-migration", size.next_multiple_of(PAGE)).map_err(|error| {
-            io::Error::new(error.kind(), format!("the memory of the data section cannot be made: {error}"))
-        })?;
-        let memory = file.map(0, file.size(), Access::ReadWrite).map_err(|error| {
-            io::Error::other(format!("the memory of the data section cannot be mapped: {error}"))
-        })?;
-        Ok(Self { index, section: section.clone(), start, areas, file, memory })
+        let (file, memory) = memory(start + section.size)?;
+        Ok(Self { index, section: section.clone(), start, areas, mapped, file, memory })
+    }
+
+    /// The same region for another client: with memory that nobody has seen, all zero.
+    ///
+    /// An error is of the system, which gives no memory.
+    pub(super) fn renewed(&self) -> io::Result<Self> {
+        let (file, memory) = memory(self.size())?;
+        let (section, areas, mapped) = (self.section.clone(), self.areas.clone(), self.mapped.clone());
+        Ok(Self { index: self.index, section, start: self.start, areas, mapped, file, memory })
+    }
+
+    /// Forgets what is in the data section, for all who map it. The memory goes back to the system, so that
+    /// a section of which little was used costs little.
+    pub(super) fn wipe(&self) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let wiped = retry_on_intr(|| rustix::fs::fallocate(self.file.fd(), flags, 0, self.file.size()));
+        if let Err(error) = wiped {
+            // It is still the same client's.
+            tracing::error!(%error, "what a session left in the data section stays");
+        }
     }
 
     /// Its size in bytes.
@@ -115,6 +138,17 @@ impl V1Region {
     fn get(&self, at: u64, buf: &mut [u8]) -> Result<(), Errno> {
         self.memory.read(self.start + at, buf).map_err(|_| Errno::EFAULT)
     }
+}
+
+/// Memory for a region of this size, mapped whole.
+fn memory(size: u64) -> io::Result<(SharedMemory, Mapping)> {
+    let file = SharedMemory::create("vfio-migration", size.next_multiple_of(PAGE)).map_err(|error| {
+        io::Error::new(error.kind(), format!("the memory of the data section cannot be made: {error}"))
+    })?;
+    let memory = file.map(0, file.size(), Access::ReadWrite).map_err(|error| {
+        io::Error::other(format!("the memory of the data section cannot be mapped: {error}"))
+    })?;
+    Ok((file, memory))
 }
 
 #[cfg(test)]
