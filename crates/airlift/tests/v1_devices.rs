@@ -91,8 +91,8 @@ fn a_device_that_is_slower_than_the_connections_is_not_stopped_with_more_than_it
 // V1-OUTSTANDING
 #[test]
 fn a_transaction_that_does_not_end_names_the_device_and_who_was_waited_for() {
-    // It is looked at after the first one, and is ready to be stopped from then on.
-    let here = Region::new(1 << 20).with(vec![bytes(1, 1), bytes(2, 1 << 20)], Vec::new());
+    // It is to be stopped while its first part is read, which is then followed by three more.
+    let here = Region::new(1 << 20).with(vec![bytes(2, 1 << 20)], Vec::new());
     here.make_data_slow(Duration::from_secs(1));
     let mut sides = Sides::new();
     sides.source.deadlines.stop_copy = Duration::from_millis(200);
@@ -272,7 +272,7 @@ fn wait_for(what: &str, condition: impl Fn() -> bool) {
 #[test]
 fn the_stop_reads_a_transaction_to_its_end_first_and_no_record_comes_between() {
     let here = Region::new(4096).with(vec![bytes(1, 1000), bytes(2, 4096)], vec![bytes(3, 100)]);
-    // SETUP, the first transaction, the end of initial data, and some of the second.
+    // SETUP, the end of initial data, the first transaction, and some of the second.
     let kept = Arc::new(Kept { room: Mutex::new(1 + 16 + 1 + 3), ..Kept::default() });
     let sink: Arc<dyn ChunkSink> = Arc::clone(&kept) as _;
     let mut saving = set(here.device("nic0", false), Side::Source).start_saving(&sink, LONG).unwrap();
@@ -298,9 +298,9 @@ fn the_stop_reads_a_transaction_to_its_end_first_and_no_record_comes_between() {
     assert!(draining.poll(LONG).unwrap());
     let expected = [
         "Setup",
+        "InitDataSent(1)",
         "Data(1000 bytes)",
         "DataEnd",
-        "InitDataSent(1)",
         "Data(4096 bytes)",
         "DataEnd",
         "Data(100 bytes)",

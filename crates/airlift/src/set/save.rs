@@ -263,15 +263,12 @@ impl Outgoing {
             .save(DeviceState::PreCopy, recorder)
             .map_err(|refused| Box::new((refused.0, StreamFault::Transition(Box::new(refused.1)))))?;
         let mut outgoing = Self { saving, stream };
-        let first = outgoing.stream.setup().and_then(|()| Ok(outgoing.saving.session.precopy_info()?));
-        match first {
+        outgoing.stream.update(|status| status.generation = 1);
+        // A device without initial data has given all of it, whatever it gives next.
+        match outgoing.stream.setup().and_then(|()| outgoing.look(recorder.now(), false)) {
             Ok(info) => {
-                outgoing.stream.update(|status| {
-                    status.generation = 1;
-                    status.initial_left = info.map(|i| i.initial_bytes);
-                    status.dirty_left = info.map(|i| i.dirty_bytes);
-                    status.initial_bytes = info.map_or(0, |i| i.initial_bytes);
-                });
+                let initial = info.map_or(0, |i| i.initial_bytes);
+                outgoing.stream.update(|status| status.initial_bytes = initial);
                 outgoing.stream.streaming = true;
                 Ok(outgoing)
             }
