@@ -203,6 +203,36 @@ mod tests {
         (Connection::new(a), b)
     }
 
+    /// Ends the writing thread, also of a test that fails.
+    struct Closing<'a>(&'a Outbox);
+
+    impl Drop for Closing<'_> {
+        fn drop(&mut self) {
+            self.0.close();
+        }
+    }
+
+    // VU-UNREAD
+    #[test]
+    fn an_answer_does_not_come_into_the_middle_of_another() {
+        let (connection, mut peer) = pair();
+        let outbox = Outbox::default();
+        let turn = outbox.turn();
+        connection.send(&[&[1]], &[], Instant::now() + SOON).unwrap();
+        outbox.post(&connection, &[&[3]], &[]).unwrap();
+        connection.send(&[&[2]], &[], Instant::now() + SOON).unwrap();
+        drop(turn);
+        // Behind what waits, with room in the socket.
+        outbox.post(&connection, &[&[4]], &[]).unwrap();
+        std::thread::scope(|scope| {
+            let _closing = Closing(&outbox);
+            scope.spawn(|| outbox.run(&connection, SOON, || ()));
+            let mut all = [0; 4];
+            peer.read_exact(&mut all).unwrap();
+            assert_eq!(all, [1, 2, 3, 4]);
+        });
+    }
+
     // VU-UNREAD
     #[test]
     fn what_the_socket_does_not_take_is_sent_later_in_order_and_with_its_descriptors() {
@@ -215,6 +245,7 @@ mod tests {
         drop(write_end);
         assert!(outbox.is_full());
         std::thread::scope(|scope| {
+            let _closing = Closing(&outbox);
             scope.spawn(|| {
                 outbox.run(&connection, SOON, || {
                     emptied.fetch_add(1, Ordering::Relaxed);
@@ -238,7 +269,6 @@ mod tests {
             assert_eq!(control.drain().count(), 1, "the descriptor");
             peer.read_exact(&mut rest[1..]).unwrap();
             assert_eq!(rest, [3, 4]);
-            outbox.close();
         });
         assert_eq!(emptied.load(Ordering::Relaxed), 1);
         assert!(!outbox.is_full());
